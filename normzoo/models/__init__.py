@@ -1,0 +1,48 @@
+"""Networks that take any norm: fully connected, convolutional, recurrent, and Transformers.
+
+>>> import torch
+>>> model = create_model("lstm", norm="layer_norm", inputs=Inputs((8, 8)), outputs=10, width=16)
+>>> model(torch.randn(4, 8, 8)).shape
+torch.Size([4, 10])
+"""
+
+from __future__ import annotations
+
+from normzoo.models.base import (
+    Inputs,
+    ModelInfo,
+    Network,
+    NormChoice,
+    Sites,
+    create_model,
+    list_models,
+    model_info,
+    register_model,
+)
+from normzoo.models.cnn import ConvNet, ResNet
+from normzoo.models.dropout import Dropout, seed_dropout
+from normzoo.models.mlp import MLP
+from normzoo.models.rnn import RNN, PerStep
+from normzoo.models.transformer import Placement, Transformer, register_placement
+
+__all__ = [
+    "MLP",
+    "RNN",
+    "ConvNet",
+    "Dropout",
+    "Inputs",
+    "ModelInfo",
+    "Network",
+    "NormChoice",
+    "PerStep",
+    "Placement",
+    "ResNet",
+    "Sites",
+    "Transformer",
+    "create_model",
+    "list_models",
+    "model_info",
+    "register_model",
+    "register_placement",
+    "seed_dropout",
+]

@@ -1,0 +1,42 @@
+"""Imported once by the forkserver: every cell is forked from a process that has all this in memory already.
+
+Importing Lightning takes seconds, forking a hundredth of one. Nothing here may start a thread that a fork would lose,
+nor touch a device; the threads of the linear algebra libraries are held back for that reason, and set for each cell by
+itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import traceback
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+# Ctrl-C reaches every process of the terminal; it is the runner's to answer.
+_before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+failure: str | None = None
+"""The traceback of an import that does not work here; the runner reads it and says so before any cell starts."""
+
+try:
+    import pytorch_lightning  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch._dynamo  # noqa: F401  optimizers import it at their first step
+    import torchmetrics  # noqa: F401
+
+    from normzoo import registry
+    from normzoo.study import cell
+
+    registry.list_norms()
+    cell.versions()
+    cell.processor()
+except Exception:  # a broken installation raises anything at all; it is reported, not hidden
+    failure = traceback.format_exc()
+
+# What is here stays: the collector of a cell need not walk it, and so need not copy its pages.
+gc.collect()
+gc.freeze()
+signal.signal(signal.SIGINT, _before)
