@@ -8,11 +8,12 @@ RUNS ?= runs
 WORKERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format readme clean
 
 help:
 	@echo "make demo     install, compare norms on a CNN, an RNN and a Transformer, print and write the report"
 	@echo "make test     install, then lint, types, import rules and tests"
+	@echo "make readme   write the README's table of norms from the registry"
 	@echo "make format   let ruff format the code and mend what it can"
 	@echo "make clean    remove the environment and caches (results in $(RUNS)/ are kept)"
 
@@ -43,6 +44,9 @@ lint: $(VENV)/.installed-dev
 
 test: lint
 	$(BIN)/pytest --numprocesses auto
+
+readme: $(VENV)/.installed
+	$(BIN)/python docs/readme.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -33,6 +33,7 @@ F = TypeVar("F", bound=Factory)
 ENTRY_POINTS = "normzoo.norms"
 
 _norms: dict[str, Factory] = {}  # canonical name -> norm
+_contrib: set[str] = set()
 _names: dict[str, str] = {}  # folded name or alias -> canonical name
 _files: dict[Path, ModuleType] = {}
 _loaded = False
@@ -43,16 +44,19 @@ def _fold(name: str) -> str:
 
 
 @overload
-def register(name: str, norm: None = None, *, aliases: tuple[str, ...] = ()) -> Callable[[F], F]: ...
+def register(
+    name: str, norm: None = None, *, aliases: tuple[str, ...] = (), contrib: bool = False
+) -> Callable[[F], F]: ...
 @overload
-def register(name: str, norm: F, *, aliases: tuple[str, ...] = ()) -> F: ...
-def register(name: str, norm: Any = None, *, aliases: tuple[str, ...] = ()) -> Any:
+def register(name: str, norm: F, *, aliases: tuple[str, ...] = (), contrib: bool = False) -> F: ...
+def register(name: str, norm: Any = None, *, aliases: tuple[str, ...] = (), contrib: bool = False) -> Any:
     """Give a norm a name, as a decorator or as a call.
 
     Args:
         name: snake_case; look-up ignores case, ``-`` and ``_``.
         norm: anything that makes a module from a width; left out, ``register`` is a decorator.
         aliases: other names people use.
+        contrib: it passes the checks, but no number of its paper has been reproduced.
 
     Raises:
         NormzooError: when a name is taken or is none.
@@ -66,11 +70,11 @@ def register(name: str, norm: Any = None, *, aliases: tuple[str, ...] = ()) -> A
         HaloNorm(8, eps=1e-05, groups=2, momentum=0.1)
     """
     if norm is None:
-        return functools.partial(_add, name, aliases)
-    return _add(name, aliases, norm)
+        return functools.partial(_add, name, aliases, contrib)
+    return _add(name, aliases, contrib, norm)
 
 
-def _add(name: str, aliases: tuple[str, ...], norm: F) -> F:
+def _add(name: str, aliases: tuple[str, ...], contrib: bool, norm: F) -> F:
     for alias in (name, *aliases):
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", alias):
             raise NormzooError(f"{alias!r} is no name for a norm; expected letters, digits and '_', as in 'group_norm'")
@@ -82,6 +86,7 @@ def _add(name: str, aliases: tuple[str, ...], norm: F) -> F:
                 "choose another"
             )
     _norms[name] = norm
+    (_contrib.add if contrib else _contrib.discard)(name)
     _names.update({_fold(alias): name for alias in (name, *aliases)})
     return norm
 
@@ -390,6 +395,8 @@ class NormInfo:
     name: str
     norm: Factory
     aliases: tuple[str, ...]
+    family: str
+    contrib: bool
     summary: str
     formula: str
     pattern: str | None
@@ -425,6 +432,8 @@ def info(name: str) -> NormInfo:
         name=canonical_name,
         norm=norm,
         aliases=tuple(sorted(a for a, n in _names.items() if n == canonical_name and a != _fold(canonical_name))),
+        family=norm.__module__.rpartition(".")[2],
+        contrib=canonical_name in _contrib,
         summary=doc.split("\n\n")[0].replace("\n", " "),
         formula=_formula(doc),
         pattern=norm.moments if isinstance(norm, type) and issubclass(norm, MomentNorm) else None,

@@ -169,10 +169,10 @@ def test_info_tells_what_a_page_needs():
         assert info.traits is not None
         assert info.source.rpartition(":")[0].endswith(".py")
         assert "channel_dim" in info.options
-        if name != "none":
-            assert info.pattern is not None
-            assert info.paper is not None
-            assert info.paper.arxiv in info.norm.__doc__
+        if info.paper is not None:
+            assert str(info.paper.year) in info.norm.__doc__
+            assert (info.paper.arxiv or info.paper.venue) in info.norm.__doc__
+        assert (info.paper is None) == (name == "none")
     assert nz.info("rms_norm").parameters_per_channel == 1
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 API_KEY = "0123456789" * 4
@@ -129,24 +129,24 @@ class Stub(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Stub
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urlsplit(self.path).path
-        with self.server.lock:
+        stub = cast("Stub", self.server)
+        with stub.lock:
             if path == "/graphql":
                 request = json.loads(body)
-                answer = {"data": self.server.graphql(request["query"], request.get("variables") or {})}
+                answer = {"data": stub.graphql(request["query"], request.get("variables") or {})}
                 self._answer(200, answer)
             elif path.endswith("/file_stream"):
-                if self.server.fail_streams_with:
-                    self._answer(self.server.fail_streams_with, {"error": "no"})
+                if stub.fail_streams_with:
+                    self._answer(stub.fail_streams_with, {"error": "no"})
                     return
-                self.server.stream(path.split("/")[-2], json.loads(body))
+                stub.stream(path.split("/")[-2], json.loads(body))
                 self._answer(200, {"exitcode": None, "limits": {}})
             else:
-                self.server.requests.append(path)
+                stub.requests.append(path)
                 self._answer(404, {})
 
     def do_PUT(self) -> None:

@@ -151,7 +151,7 @@ class FormulaNorm(CanonicalNorm):
 
     The formula gets float32 or wider whatever the input, with zeros at masked positions; its result is scaled by
     :math:`\gamma` and shifted by :math:`\beta` for each channel, zeroed where masked, and returned in the layout
-    and dtype.
+    and dtype of the input.
 
     Args:
         num_features: number of channels ``C``.

@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from normzoo.layers import batch as batch
+from normzoo.layers import batch_moments as batch_moments
+from normzoo.layers import evonorm as evonorm
 from normzoo.layers import none as none
+from normzoo.layers import pointwise as pointwise
+from normzoo.layers import rms as rms
 from normzoo.layers import sample as sample

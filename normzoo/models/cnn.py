@@ -36,7 +36,7 @@ _SMALLEST_MAP = 4  # a map is not pooled below this side, so that statistics ove
 )
 @register_model(
     "cnn_32",
-    "For images of 32x32: conv 64, ReLU, norm, conv 128, ReLU, norm, dense 1000, dense; the norm after the activation.",
+    "For images of 32x32: conv 64, ReLU, norm, pool, conv 128, ReLU, norm, pool, dense 1000, dense.",
     convs=(64, 128),
     dense=(1000,),
     norm_input=False,
@@ -50,9 +50,10 @@ class ConvNet(Network):
     8x8 ends at 4x4, 28x28 at 7x7 after two convolutions. Convolutions and dense layers have a bias whatever the norm,
     so that all norms share the same other parameters. Weights start as torch's.
 
-    Sites: ``input``, ``conv1``, ``conv2``, …, ``dense1``, … . A norm whose statistics stay within one position (layer
-    norm) refuses the site ``input`` of an image with one channel, and one whose statistics stay within one channel
-    (instance norm) the dense sites: give ``{"input": "none", "*": "layer_norm"}``.
+    Sites: ``input``, ``conv1``, ``conv2``, …, ``dense1``, … . A norm whose statistics stay within one position
+    (layer norm) refuses the site ``input`` of an image with one channel, of which rms norm would leave the signs; one
+    whose statistics stay within one channel (instance norm) refuses the dense sites. Give those sites another:
+    ``{"input": "none", "*": "layer_norm"}``.
 
     Args:
         norm: a norm, or a mapping from sites to norms.

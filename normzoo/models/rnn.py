@@ -289,6 +289,9 @@ def _set_gain(norm: nn.Module, gain: float) -> None:
 
 
 @register_model("lstm", "LSTM with norms inside the recurrence or between layers.", cell="lstm")
+@register_model(
+    "lstm_between", "LSTM with norms on the way up alone, over batch and time.", cell="lstm", placement="between"
+)
 @register_model("gru", "GRU with norms inside the recurrence or between layers.", cell="gru")
 @register_model("rnn_tanh", "Plain tanh recurrence with norms inside it or between layers.", cell="tanh")
 class RNN(Network):

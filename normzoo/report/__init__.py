@@ -28,7 +28,7 @@ def load_frame(directory: str | os.PathLike[str]) -> pd.DataFrame:
     """
     from normzoo.report.frame import load
 
-    return load(directory).frame
+    return load(directory).frame()
 
 
 def make_report(directory: str | os.PathLike[str]) -> Path:

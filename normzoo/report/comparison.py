@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
-from normzoo.report.frame import Results
+from normzoo.report.frame import Results, column, median, unique
+from normzoo.report.frame import Row as Run
 from normzoo.report.statistics import Difference, Mode, Seed, paired_difference, standard_deviation
 from normzoo.report.text import Numbers
 
@@ -121,98 +121,96 @@ def compare(results: Results) -> list[Comparison]:
     those the one with the best mean validation metric (the first of the study in a tie). The norm's test values and its
     differences are then those of that setting.
     """
-    return [_compare(results, task, _choose(_of(results.frame, task))) for task in results.tasks]
+    return [_compare(results, task, _choose(_of(results, task))) for task in results.tasks]
 
 
 def compare_settings(results: Results, task: str) -> list[Comparison]:
     """Compare all norms on one task at every setting in turn, pairs matched on the setting too."""
-    frame = _of(results.frame, task)
-    return [_compare(results, task, frame[frame["setting"] == setting]) for setting in dict.fromkeys(frame["setting"])]
+    return [_compare(results, task, runs) for runs in _split(_of(results, task), "setting").values()]
 
 
-def _of(frame: pd.DataFrame, task: str) -> pd.DataFrame:
-    return frame[frame["task"] == task]
+def _of(results: Results, task: str) -> list[Run]:
+    return [run for run in results.rows if run["task"] == task]
 
 
-def _choose(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the chosen setting of every norm of one task."""
-    if frame["setting"].nunique() == 1:
-        return frame
-    sign = 1 if frame["mode"].iloc[0] == "max" else -1
-    order = {setting: i for i, setting in enumerate(dict.fromkeys(frame["setting"]))}
-    kept = []
-    for _, runs in frame.groupby("norm", sort=False):
-        planned = runs["seed"].nunique()
+def _split(runs: Iterable[Run], name: str) -> dict[str, list[Run]]:
+    """The runs by one of their columns, in the order of its first appearance."""
+    parts: dict[str, list[Run]] = {}
+    for run in runs:
+        parts.setdefault(run[name], []).append(run)
+    return parts
 
-        def rank(group: pd.DataFrame, planned: int = planned) -> tuple[int, float, int]:
+
+def _choose(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one task at the chosen setting of every norm."""
+    order = unique(run["setting"] for run in runs)
+    sign = 1 if runs[0]["mode"] == "max" else -1
+    kept: list[Run] = []
+    for mine in _split(runs, "norm").values():
+        planned = len({run["seed"] for run in mine})
+
+        def rank(group: list[Run], planned: int = planned) -> tuple[int, float, int]:
             # A run without a finite validation value did not train, whatever its test value.
-            values = group["validation"].dropna()
-            mean = sign * values.mean() if len(values) else -math.inf
-            return planned - len(values), -mean, order[group["setting"].iloc[0]]
+            values = column(group, "validation")
+            mean = sign * float(np.mean(values)) if values else -math.inf
+            return planned - len(values), -mean, order.index(group[0]["setting"])
 
-        kept.append(min((group for _, group in runs.groupby("setting", sort=False)), key=rank))
-    return pd.concat(kept)
+        kept += min(_split(mine, "setting").values(), key=rank)
+    return kept
 
 
-def _compare(results: Results, task: str, frame: pd.DataFrame) -> Comparison:
-    first = frame.iloc[0]
+def _compare(results: Results, task: str, runs: Sequence[Run]) -> Comparison:
+    first = runs[0]
     mode: Mode = first["mode"]
-    by_norm = {norm: runs.sort_values("seed") for norm, runs in frame.groupby("norm", sort=False)}
-    reference = next((runs for norm, runs in by_norm.items() if norm == results.baseline), None)
-    planned = frame["seed"].nunique()
-    rows = [_row(runs, reference, norm == results.baseline, planned, mode) for norm, runs in by_norm.items()]
+    by_norm = {norm: sorted(mine, key=lambda run: run["seed"]) for norm, mine in _split(runs, "norm").items()}
+    reference = by_norm.get(results.baseline or "", [])
+    seeds = sorted({run["seed"] for run in runs})
+    rows = [_row(mine, reference, norm == results.baseline, len(seeds), mode) for norm, mine in by_norm.items()]
     rows.sort(key=lambda row: _rank(row, mode))
+    spreads = (row.difference.sd if row.difference else row.sd for row in rows)
     return Comparison(
         task=task,
         measured=first["measured"],
         validation=f"val/{first['metric']}",
         mode=mode,
         rows=tuple(rows),
-        seeds=tuple(sorted(int(seed) for seed in frame["seed"].unique())),
-        settings=tuple(dict.fromkeys(_of(results.frame, task)["setting"])),
-        numbers=Numbers.fitting(
-            (row.mean for row in rows), (row.difference.sd if row.difference else row.sd for row in rows)
-        ),
+        seeds=tuple(seeds),
+        settings=tuple(unique(run["setting"] for run in _of(results, task))),
+        numbers=Numbers.fitting((row.mean for row in rows), spreads),
     )
 
 
-def _row(
-    runs: pd.DataFrame, reference: pd.DataFrame | None, baseline: bool, planned: int, mode: Mode
-) -> Row:
+def _row(runs: Sequence[Run], reference: Sequence[Run], baseline: bool, planned: int, mode: Mode) -> Row:
     outcomes = _outcomes(runs)
     values = [run.value for run in outcomes.values() if run.outcome == "ok"]
+    validation = column(runs, "validation")
     difference = None
-    if reference is not None and not baseline:
-        difference = paired_difference(
-            outcomes, _outcomes(reference), mode, rng=np.random.default_rng(_BOOTSTRAP_SEED)
-        )
-    step_ms = _median(runs["step_ms"])
-    usual = math.nan if reference is None else _median(reference["step_ms"])
+    if reference and not baseline:
+        rng = np.random.default_rng(_BOOTSTRAP_SEED)
+        difference = paired_difference(outcomes, _outcomes(reference), mode, rng=rng)
+    step_ms, usual = median(runs, "step_ms"), median(reference, "step_ms")
     return Row(
-        label=str(runs["label"].iloc[0]),
-        setting=str(runs["setting"].iloc[0]),
+        label=runs[0]["label"],
+        setting=runs[0]["setting"],
         baseline=baseline,
         runs=outcomes,
         planned=planned,
         mean=float(np.mean(values)) if values else math.nan,
         sd=standard_deviation(values),
-        validation=_mean(runs["validation"]),
+        validation=float(np.mean(validation)) if validation else math.nan,
         difference=difference,
         step_ms=step_ms,
         step_ratio=step_ms / usual if usual > 0 else math.nan,
-        parameters=_median(runs["parameters"]),
-        norm_parameters=_median(runs["norm_parameters"]),
-        peak_memory_mb=_largest(runs["peak_memory_mb"]),
-        seconds=_median(pd.to_numeric(runs["seconds.total"])),
-        ids={int(seed): str(cell) for seed, cell in zip(runs["seed"], runs["id"], strict=True)},
+        parameters=median(runs, "parameters"),
+        norm_parameters=median(runs, "norm_parameters"),
+        peak_memory_mb=max(column(runs, "peak_memory_mb"), default=math.nan),
+        seconds=median(runs, "seconds.total"),
+        ids={run["seed"]: run["id"] for run in runs},
     )
 
 
-def _outcomes(runs: pd.DataFrame) -> dict[int, Seed]:
-    return {
-        int(seed): Seed(outcome, float(value) if outcome == "ok" else math.nan)
-        for seed, outcome, value in zip(runs["seed"], runs["outcome"], runs["value"], strict=True)
-    }
+def _outcomes(runs: Iterable[Run]) -> dict[int, Seed]:
+    return {run["seed"]: Seed(run["outcome"], math.nan if run["value"] is None else run["value"]) for run in runs}
 
 
 def _rank(row: Row, mode: Mode) -> tuple[bool, bool, float, str]:
@@ -220,21 +218,6 @@ def _rank(row: Row, mode: Mode) -> tuple[bool, bool, float, str]:
     if math.isnan(row.mean):
         return lost, True, 0.0, row.label
     return lost, False, -row.mean if mode == "max" else row.mean, row.label
-
-
-def _median(column: pd.Series) -> float:
-    values = column.dropna()
-    return float(values.median()) if len(values) else math.nan
-
-
-def _mean(column: pd.Series) -> float:
-    values = column.dropna()
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _largest(column: pd.Series) -> float:
-    values = column.dropna()
-    return float(values.max()) if len(values) else math.nan
 
 
 def all_differences(comparisons: Iterable[Comparison]) -> list[tuple[Comparison, Row, Difference]]:

@@ -1,4 +1,4 @@
-"""Learning curves and per-seed dots, as PNG and PDF: for paper, without a screen, the same bytes for the same results."""
+"""Learning curves and per-seed dots, as PNG and PDF: drawn without a screen, the same bytes for the same results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,14 +23,14 @@ from normzoo.report.findings import PERCENT
 from normzoo.report.frame import Results
 from normzoo.report.text import one_line
 
-# Paul Tol's "muted" scheme: told apart under the common colour blindnesses. After nine the strokes change, not the hues.
+# Paul Tol's "muted" scheme, told apart under the common colour blindnesses. After nine the strokes change, not the hue.
 _COLORS = ("#332288", "#CC6677", "#44AA99", "#AA4499", "#117733", "#88CCEE", "#882255", "#999933", "#DDCC77")
 _STROKES = ("-", (0, (4, 1.4)), (0, (1, 1.1)), (0, (5, 1.2, 1, 1.2)))
 _INK, _PALE, _GRID = "#222222", "#8a8a8a", "#e4e4e4"
 # Okabe and Ito's blue and vermilion; grey and a hollow mark where nothing was decided.
 _VERDICTS = {"better": "#0072B2", "worse": "#D55E00"}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.0,
@@ -75,7 +76,7 @@ class Stroke:
 def strokes(results: Results) -> dict[str, Stroke]:
     """One stroke for each norm, by label: black for the baseline, then colours in the order of the study."""
     found: dict[str, Stroke] = {}
-    norms = dict(zip(results.frame["label"], results.frame["norm"], strict=True))
+    norms = {row["label"]: row["norm"] for row in results.rows}
     others = 0
     for label, norm in norms.items():
         if norm == results.baseline:
@@ -91,8 +92,8 @@ def draw_all(results: Results, comparisons: Sequence[Comparison], folder: Path) 
     """Draw every figure into ``folder``.
 
     Returns:
-        For each task the stems of its files by kind: ``{"digits/cnn": {"curves": "curves-digits-cnn", "seeds": …}}``. A task
-        whose cells logged no validation curve has no ``"curves"``.
+        For each task the stems of its files by kind: ``{"digits/cnn": {"curves": "curves-digits-cnn", "seeds": …}}``. A
+        task whose cells logged no validation curve has no ``"curves"``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, dict[str, str]] = {}
@@ -126,7 +127,9 @@ def _style() -> Iterator[None]:
 def save(figure: Figure, stem: Path) -> None:
     """Write ``stem.png`` and ``stem.pdf``, without the time of writing."""
     figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=_DPI, metadata={"Software": None})
-    figure.savefig(stem.with_name(f"{stem.name}.pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None})
+    figure.savefig(
+        stem.with_name(f"{stem.name}.pdf"), metadata={"CreationDate": None, "Producer": None, "Creator": None}
+    )
 
 
 def _slugs(names: Sequence[str]) -> list[str]:
@@ -154,8 +157,8 @@ class _Curve:
 def curves(results: Results, comparison: Comparison, by_label: dict[str, Stroke]) -> Figure | None:
     """Validation metric over epochs: all of training at the left, its last part enlarged at the right.
 
-    Thick lines are means over the seeds that trained, thin lines are seeds; a cross is where a run stopped being finite.
-    None when no cell logged two epochs.
+    Thick lines are means over the seeds that trained, thin lines are seeds; a cross is where a run stopped being
+    finite. None when no cell logged two epochs.
     """
     found = [curve for row in comparison.rows if (curve := _curve(results, comparison, row))]
     if not any(len(epochs) > 1 for curve in found for epochs, _, _ in curve.seeds):
@@ -182,7 +185,7 @@ def curves(results: Results, comparison: Comparison, by_label: dict[str, Stroke]
     _limits(axes[-1], scale, _tail(found, tail), robust=enlarge)
     axes[0].set_ylabel(_axis_label(comparison.validation, scale))
     _heading(figure, axes, comparison, ["all of training", "its last part, enlarged"] if enlarge else [""])
-    _direct_labels(axes[-1], found, by_label, names)
+    _direct_labels(figure, axes[-1], found, by_label, names)
     return figure
 
 
@@ -191,7 +194,9 @@ def _end_label(row: Row) -> str:
     return f"{_shorten(one_line(row.label), 28)}{lost}"
 
 
-def _place(figure: Figure, height: float, right: float, panels: int, left: float = 0.09, gap: float = 0.085) -> list[Axes]:
+def _place(
+    figure: Figure, height: float, right: float, panels: int, left: float = 0.09, gap: float = 0.085
+) -> list[Axes]:
     """Panels side by side between two edges (parts of the figure), under a heading and over a label."""
     bottom, top = 0.47 / height, 1 - 0.52 / height
     width = (right - left - gap * (panels - 1)) / panels
@@ -216,9 +221,10 @@ def _curve(results: Results, comparison: Comparison, row: Row) -> _Curve | None:
         if not finite.any():
             continue
         trained = row.runs[seed].outcome == "ok"
-        seeds.append((epochs[finite], values[finite], trained))
+        trained_for = epochs[finite] + 1  # the logs count from 0, and measure at the end
+        seeds.append((trained_for, values[finite], trained))
         if trained:
-            means.append(dict(zip(epochs[finite], values[finite], strict=True)))
+            means.append(dict(zip(trained_for, values[finite], strict=True)))
     if not seeds:
         return None
     shared = sorted(set.intersection(*(set(m) for m in means))) if means else []
@@ -241,7 +247,9 @@ def _tail(found: Sequence[_Curve], start: float) -> list[float]:
     ]
 
 
-def _direct_labels(axis: Axes, found: Sequence[_Curve], by_label: dict[str, Stroke], names: dict[str, str]) -> None:
+def _direct_labels(
+    figure: Figure, axis: Axes, found: Sequence[_Curve], by_label: dict[str, Stroke], names: dict[str, str]
+) -> None:
     """Write every norm's name beside the end of its curve, moved apart where they would overlap."""
     low, high = axis.get_ylim()
     to_screen = axis.transData + axis.transAxes.inverted()
@@ -252,16 +260,18 @@ def _direct_labels(axis: Axes, found: Sequence[_Curve], by_label: dict[str, Stro
         return float(to_screen.transform((axis.get_xlim()[1], y))[1])
 
     ordered = sorted(found, key=place)
-    points = axis.get_position().height * axis.figure.get_figheight() * 72
+    points = axis.get_position().height * figure.get_figheight() * 72
     spots = _spread([place(curve) for curve in ordered], 10.5 / points)
     for curve, spot in zip(ordered, spots, strict=True):
         stroke = by_label[curve.row.label]
         end = place(curve)
         drawn = {"color": stroke.color, "transform": axis.transAxes, "clip_on": False}
-        inch = 1 / (axis.get_position().width * axis.figure.get_figwidth())
+        inch = 1 / (axis.get_position().width * figure.get_figwidth())
         joint, start, text = 1 + 0.09 * inch, 1 + 0.10 * inch, 1 + 0.42 * inch
         axis.plot([1.0, joint], [end, spot], lw=0.6, **drawn)
-        axis.plot([start, text - 0.06 * inch], [spot] * 2, lw=stroke.width, ls=stroke.dashes, solid_capstyle="butt", **drawn)
+        axis.plot(
+            [start, text - 0.06 * inch], [spot] * 2, lw=stroke.width, ls=stroke.dashes, solid_capstyle="butt", **drawn
+        )
         weight = "bold" if curve.row.baseline else "normal"
         name = names[curve.row.label]
         axis.text(text, spot, name, transform=axis.transAxes, va="center", fontsize=7.5, fontweight=weight)
@@ -303,8 +313,9 @@ def _shorten(text: str, length: int) -> str:
 
 
 def seed_dots(comparison: Comparison) -> Figure | None:
-    """Every seed as a dot: the metric at the left, the paired difference to the baseline with its t interval at the right.
+    """Every seed as a dot: the metric at the left, the paired difference to the baseline at the right.
 
+    The difference has its t interval; a far outlier is an arrow at the edge with its number.
     None when no run came to a value.
     """
     c = comparison
@@ -329,7 +340,15 @@ def seed_dots(comparison: Comparison) -> Figure | None:
         _difference_dots(axes[1], c)
     for i, row in enumerate(c.rows):
         if row.troubles:
-            axes[-1].text(1.02, i, row.troubles, transform=axes[-1].get_yaxis_transform(), va="center", fontsize=7, color="#B03A00")
+            axes[-1].text(
+                1.02,
+                i,
+                row.troubles,
+                transform=axes[-1].get_yaxis_transform(),
+                va="center",
+                fontsize=7,
+                color="#B03A00",
+            )
     base = _shorten(one_line(c.baseline.label), 30) if c.baseline else ""
     interval = f"{PERCENT} t interval" if any(d.t for _, d in c.differences) else "one seed, no interval"
     _heading(figure, axes, c, ["each seed, and the mean", f"difference to {base}, {interval}"][: len(axes)])
@@ -341,7 +360,7 @@ def _metric_dots(axis: Axes, c: Comparison, labels: Sequence[str]) -> None:
     for i, (row, label) in enumerate(zip(c.rows, labels, strict=True)):
         color = "#000000" if row.baseline else _color(row)
         _dots(axis, row.values, c.seeds, i, color)
-        if row.values:
+        if len(row.values) > 1:
             axis.plot([row.mean] * 2, [i - 0.34, i + 0.34], color=color, lw=1.8, solid_capstyle="butt", zorder=4)
         weight = "bold" if row.baseline else "normal"
         spot = {"xycoords": axis.get_yaxis_transform(), "xytext": (-5, 0), "textcoords": "offset points"}
@@ -368,7 +387,9 @@ def _difference_dots(axis: Axes, c: Comparison) -> None:
             side = math.copysign(1, d.mean)
             axis.plot([side * limit * 0.975], [i], ">" if side > 0 else "<", color=color, ms=6, zorder=5)
             text = f"{c.numbers.value(d.mean, True)} "
-            axis.text(side * limit * 0.93, i, text, va="center", ha="right" if side > 0 else "left", fontsize=7, color=color)
+            axis.text(
+                side * limit * 0.93, i, text, va="center", ha="right" if side > 0 else "left", fontsize=7, color=color
+            )
         else:
             face = color if row.difference and row.difference.better else "white"
             axis.plot([d.mean], [i], "D", color=color, mfc=face, ms=4.6, mew=1.2, zorder=4)
@@ -406,18 +427,27 @@ def _color(row: Row) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """``linear``, ``log``, or ``error``: the logarithm of what is missing to 1, with ticks that say the value itself."""
+    """``linear``, ``log``, or ``error``: the logarithm of what is missing to 1, with ticks that say the value itself.
+
+    A perfect score has no logarithm: it is drawn where half of ``least``, the smallest error seen, would be.
+    """
 
     kind: str
-    floor: float = 0.0
+    least: float = 0.0
 
 
 def _scale(values: Sequence[float], mode: str) -> _Scale:
     v = np.array(values)
     errors = 1 - v[v < 1]
-    if mode == "max" and v.min() >= 0 and v.max() <= 1 and len(errors) and errors.min() < 0.1 and errors.max() > 4 * errors.min():
-        # A perfect score has no logarithm: it is drawn where half of the smallest error seen would be.
-        return _Scale("error", float(errors.min()) / 2)
+    if (
+        mode == "max"
+        and v.min() >= 0
+        and v.max() <= 1
+        and len(errors)
+        and errors.min() < 0.1
+        and errors.max() > 4 * errors.min()
+    ):
+        return _Scale("error", float(errors.min()))
     if mode == "min" and v.min() > 0 and v.max() > 8 * v.min():
         return _Scale("log")
     return _Scale("linear")
@@ -427,10 +457,8 @@ def _axis_label(metric: str, scale: _Scale) -> str:
     return one_line(metric) + {"error": "  (log of 1 − value)", "log": "  (log)", "linear": ""}[scale.kind]
 
 
-def _limits(
-    axis: Axes, scale: _Scale, values: Sequence[float], robust: bool = False, horizontal: bool = False
-) -> None:
-    """Set the scale of an axis, and its limits a little beyond the values; far outliers may be cut off when ``robust``."""
+def _limits(axis: Axes, scale: _Scale, values: Sequence[float], robust: bool = False, horizontal: bool = False) -> None:
+    """Set the scale of an axis, and its limits a little beyond the values; without far outliers when ``robust``."""
     there, back = _transform(scale)
     placed = there(np.array(values))
     low, high = float(placed.min()), float(placed.max())
@@ -439,43 +467,53 @@ def _limits(
         kept = placed[np.abs(placed - np.clip(placed, q1, q3)) <= 3 * (q3 - q1)]
         low, high = float(kept.min()), float(kept.max())
     pad = 0.06 * (high - low) or max(abs(high) * 0.01, 1e-3)
-    limits = tuple(float(x) for x in back(np.array([low - pad, high + pad])))
+    first, last = (float(x) for x in back(np.array([low - pad, high + pad])))
     target = axis.xaxis if horizontal else axis.yaxis
     set_scale = axis.set_xscale if horizontal else axis.set_yscale
     set_limits = axis.set_xlim if horizontal else axis.set_ylim
     if scale.kind == "error":
         set_scale("function", functions=(there, back))
-        set_limits(limits)
-        perfect = 1 - scale.floor
-        target.set_major_locator(FixedLocator(_error_ticks(*limits, perfect, count=4 if horizontal else 7)))
+        set_limits(first, last)
+        target.set_major_locator(FixedLocator(_error_ticks(first, last, scale.least, count=4 if horizontal else 7)))
         target.set_minor_locator(NullLocator())
-        target.set_major_formatter(FuncFormatter(lambda x, _: "1" if x >= perfect else f"{x:.6g}"))
+        target.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.6g}"))
     elif scale.kind == "log":
         set_scale("log")
-        set_limits(limits)
-        target.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] < 100 * limits[0] else (1,)))
+        set_limits(first, last)
+        target.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 100 * first else (1,)))
         target.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.6g}"))
         target.set_minor_formatter(NullFormatter())
     else:
-        set_limits(limits)
+        set_limits(first, last)
         target.set_major_locator(MaxNLocator(4 if horizontal else 6, steps=[1, 2, 5, 10]))
         target.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.6g}".replace("-", "−")))
 
 
 def _transform(scale: _Scale) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
     if scale.kind == "error":
-        floor = scale.floor
-        return (lambda y: -np.log10(np.maximum(1 - np.asarray(y), floor)), lambda z: 1 - 10.0 ** -np.asarray(z))
+        # Logarithmic up to the best score that is not perfect, straight from there through 1 and on to the margin.
+        end, slope = -math.log10(scale.least), math.log10(2) / scale.least
+
+        def there(y: np.ndarray) -> np.ndarray:
+            error = 1 - np.asarray(y, dtype=float)
+            return np.where(
+                error >= scale.least, -np.log10(np.maximum(error, scale.least)), end + (scale.least - error) * slope
+            )
+
+        def back(z: np.ndarray) -> np.ndarray:
+            z = np.asarray(z, dtype=float)
+            return np.where(z <= end, 1 - 10.0 ** -np.minimum(z, end), 1 - scale.least + (z - end) / slope)
+
+        return there, back
     if scale.kind == "log":
         return np.log10, lambda z: 10.0 ** np.asarray(z)
     return (lambda y: y), (lambda z: z)
 
 
-def _error_ticks(low: float, high: float, perfect: float, count: int) -> list[float]:
-    """Round values between the limits, about evenly far apart on the error scale, and the place of a perfect score."""
+def _error_ticks(low: float, high: float, least: float, count: int) -> list[float]:
+    """Round values between the limits, about evenly far apart on the error scale."""
     nice = [0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999]
     inside = [t for t in nice if low <= t <= high]
     if len(inside) < 3:
         inside = [float(t) for t in MaxNLocator(count).tick_values(low, high) if low <= t <= high]
-    # The errors end at twice the floor; a tick between there and the perfect score would stand for nothing.
-    return [t for t in inside if 1 - t > 1.6 * (1 - perfect)] + ([perfect] if perfect <= high else [])
+    return [t for t in inside if 1 - t > 0.9 * least] + ([1.0] if high >= 1 else [])

@@ -1,25 +1,32 @@
-"""The result files of a study as one tidy table: one row a cell, nothing dropped."""
+"""The result files of a study as tidy rows: one a cell, nothing dropped."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from normzoo.errors import NormzooError
+from normzoo.report.text import one_line
 from normzoo.study import store
 
-# What tells a cell from the others in its pair or in its group; everything else in a configuration is its setting.
-_IDENTITY = {"norm", "label", "task", "seed", "study", "id", "group", "imports", "source", "source_hash"}
+if TYPE_CHECKING:
+    import pandas as pd
 
-_SECONDS = ("total", "train", "setup")
+# What tells a cell from the others in its pair or in its group; everything else in a configuration is its setting.
+IDENTITY = {"norm", "label", "task", "seed", "study", "id", "group", "imports", "source", "source_hash"}
+
+_MEASURES = ("steps", "step_ms", "parameters", "norm_parameters", "peak_memory_mb")
+_GROUPS = ("seconds.", "", "config.", "versions.", "host.", "error.")
+_LAST = ("notes", "warnings", "attempt", "started", "finished")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,14 +36,14 @@ class Results:
     Attributes:
         directory: the study's folder.
         study: the contents of ``study.json``.
-        frame: one row a finished cell; see :func:`load`.
+        rows: one for each finished cell, in the order of the study; see :func:`load`.
         unfinished: how many cells of the study have no result.
         skipped: what was wrong with the files that had to be skipped, one message each.
     """
 
     directory: Path
     study: Mapping[str, Any]
-    frame: pd.DataFrame
+    rows: tuple[Row, ...]
     unfinished: int
     skipped: tuple[str, ...]
 
@@ -53,33 +60,61 @@ class Results:
     @property
     def tasks(self) -> list[str]:
         """Tasks that have a result, in the order of the study."""
-        return list(dict.fromkeys(self.frame["task"]))
+        return unique(row["task"] for row in self.rows)
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the norms that have a result, in the order of the study."""
+        return unique(row["label"] for row in self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        """What the cells have under one name, leaving out those that have nothing."""
+        return column(self.rows, name)
+
+    def names(self, prefix: str) -> list[str]:
+        """The names of a group of columns, ``"config."``, in the order of their first appearance."""
+        return unique(name for row in self.rows for name in row if name.startswith(prefix))
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a table whose columns have one type each."""
+        import pandas as pd
+
+        names = unique(name for row in self.rows for name in row)
+        base = names[: names.index("seconds.total")]
+        groups: dict[str, list[str]] = {prefix: [] for prefix in _GROUPS}
+        for name in names:
+            if name not in base and name not in _LAST:
+                groups[next((p for p in _GROUPS if p and name.startswith(p)), "")].append(name)
+        ordered = [*base, *(name for group in groups.values() for name in group), *_LAST]
+        return pd.DataFrame({name: _one_type([row.get(name) for row in self.rows]) for name in ordered})
 
     def curve(self, cell_id: str, metric: str) -> tuple[list[float], list[float]]:
         """Epochs and values of one metric of one cell, NaN where it was not finite; empty when it was never logged."""
-        points: dict[float, float] = {}
-        for row in self._quietly(cell_id):
-            if metric in row and _number(row.get("epoch")) is not None:
-                value = _number(row[metric])
-                points[float(row["epoch"])] = math.nan if value is None else value
-        epochs = sorted(points)
-        return epochs, [points[e] for e in epochs]
-
-    def _quietly(self, cell_id: str) -> list[dict[str, Any]]:
-        # A torn last line is what an interrupted cell leaves behind; its other lines are good.
         with warnings.catch_warnings():
+            # A torn last line is what an interrupted cell leaves behind; its other lines are good.
             warnings.simplefilter("ignore", store.StoreWarning)
-            return store.load_metrics(self.directory, cell_id)
+            lines = store.load_metrics(self.directory, cell_id)
+        points: dict[float, float] = {}
+        for line in lines:
+            epoch = _number(line.get("epoch"))
+            if metric in line and epoch is not None:
+                value = _number(line[metric])
+                points[epoch] = math.nan if value is None else value
+        return sorted(points), [points[epoch] for epoch in sorted(points)]
 
 
 def load(directory: str | os.PathLike[str]) -> Results:
     """Read a study's folder.
 
-    The frame has the columns ``id task norm label setting seed group status outcome measured value validation metric
-    mode steps step_ms parameters norm_parameters peak_memory_mb``, then ``seconds.*``, one column per logged metric
-    (``test/accuracy``), the flat configuration (``config.*``), ``versions.*``, ``host.*``, ``error.*``, ``warnings``,
-    ``attempt``, ``started`` and ``finished``. ``setting`` is a short text of what varies within the task; ``value`` is the
-    metric named in ``measured``, NaN unless ``outcome`` is ``ok``; ``validation`` is what settings are chosen by.
+    A row has ``id task norm label setting seed group status outcome measured value validation metric mode steps step_ms
+    parameters norm_parameters peak_memory_mb``, then ``seconds.*``, one entry a logged metric (``test/accuracy``), the
+    flat configuration (``config.*``), ``versions.*``, ``host.*``, ``error.*``, ``notes``, ``warnings``, ``attempt``,
+    ``started`` and ``finished``. The less obvious ones:
+
+    - ``outcome``: ``ok``, ``diverged`` (without a finite value) or ``failed``;
+    - ``measured`` and ``value``: the metric of the test part, and its value, None unless the outcome is ``ok``;
+    - ``validation``: the metric that settings are chosen by;
+    - ``setting``: a short text of what varies within the task.
 
     Raises:
         NormzooError: when the folder is no study, or no cell has a result.
@@ -94,70 +129,83 @@ def load(directory: str | os.PathLike[str]) -> Results:
     for warning in caught:
         if not issubclass(warning.category, store.StoreWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    skipped = [str(w.message).replace(f"{directory}{os.sep}", "") for w in caught if issubclass(w.category, store.StoreWarning)]
+    ours = [warning for warning in caught if issubclass(warning.category, store.StoreWarning)]
+    skipped = [str(warning.message).replace(f"{directory}{os.sep}", "") for warning in ours]
     if not rows:
         raise NormzooError(
             f"{directory} has no results yet: 0 of {len(study['cells'])} cells have finished"
             f"{'; ' + skipped[0] if skipped else ''}. Run the study first; the same command continues it"
         )
-    frame = _tidy(rows)
-    return Results(directory, study, frame, len(set(study["cells"])) - len(frame), tuple(skipped))
+    tidy = _tidy(rows)
+    return Results(directory, study, tuple(tidy), len(set(study["cells"])) - len(tidy), tuple(skipped))
 
 
-def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def unique(values: Iterable[str]) -> list[str]:
+    """The values, each once, in the order of their first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def column(rows: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+    """What the rows have under one name, leaving out those that have nothing."""
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def median(rows: Iterable[Mapping[str, Any]], name: str) -> float:
+    """The median of a column, NaN when no row has it."""
+    values = column(rows, name)
+    return float(statistics.median(values)) if values else math.nan
+
+
+def _tidy(rows: Sequence[Row]) -> list[Row]:
     rows = list({row["id"]: row for row in rows}.values())
     labels = _labels(rows)
-    settings = _settings(rows)
     measured = _measured(rows)
-    table = []
-    for row, setting in zip(rows, settings, strict=True):
-        key, by = measured[row["task"]], f"val/{row['metric']}"
-        outcome = _outcome(row, key)
-        metrics = row["metrics"]
-        table.append(
-            {
-                "id": row["id"],
-                "task": row["task"],
-                "norm": row["norm"],
-                "label": labels[row["norm"]],
-                "setting": setting,
-                "seed": int(row["seed"]),
-                "group": row["group"],
-                "status": row["status"],
-                "outcome": outcome,
-                "measured": key,
-                "value": _number(metrics.get(key)) if outcome == "ok" else None,
-                # Not by outcome, which may look at the test part: settings are chosen by this column.
-                "validation": _number(metrics.get(by)) if row["status"] == "done" else None,
-                "metric": row["metric"],
-                "mode": row["mode"],
-                **{name: row.get(name) for name in ("steps", "step_ms", "parameters", "norm_parameters", "peak_memory_mb")},
-                **{f"seconds.{name}": (row.get("seconds") or {}).get(name) for name in _SECONDS},
-                **{name: _number(value) for name, value in metrics.items() if name != "nonfinite"},
-                **{f"config.{name}": _scalar(value) for name, value in row["config"].items()},
-                **{f"versions.{name}": _scalar(value) for name, value in (row.get("versions") or {}).items()},
-                **{f"host.{name}": _scalar(value) for name, value in (row.get("host") or {}).items()},
-                **{f"error.{name}": _error(row, key).get(name) for name in ("type", "message", "traceback")},
-                "warnings": "\n".join(str(text) for text in row.get("warnings") or []) or None,
-                **{name: row.get(name) for name in ("attempt", "started", "finished")},
-            }
-        )
-    frame = pd.DataFrame(table)
-    for name in frame.columns:
-        frame[name] = _one_type(frame[name])
-    for name in ("value", "validation", "step_ms", "parameters", "norm_parameters", "peak_memory_mb", "steps"):
-        frame[name] = pd.to_numeric(frame[name])
-    return frame
+    return [
+        _row(row, labels[row["norm"]], setting, measured[row["task"]])
+        for row, setting in zip(rows, _settings(rows), strict=True)
+    ]
 
 
-def _labels(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Label by canonical name; two norms of one label (the same class name in two files) are told apart by their names."""
+def _row(row: Row, label: str, setting: str, key: str) -> Row:
+    outcome, metrics, seconds = _outcome(row, key), row["metrics"], row.get("seconds") or {}
+    return {
+        "id": row["id"],
+        "task": row["task"],
+        "norm": row["norm"],
+        "label": label,
+        "setting": setting,
+        "seed": int(row["seed"]),
+        "group": row["group"],
+        "status": row["status"],
+        "outcome": outcome,
+        "measured": key,
+        "value": _number(metrics.get(key)) if outcome == "ok" else None,
+        # Not by outcome, which may look at the test part: settings are chosen by this column.
+        "validation": _number(metrics.get(f"val/{row['metric']}")) if row["status"] == "done" else None,
+        "metric": row["metric"],
+        "mode": row["mode"],
+        **{name: _number(row.get(name)) for name in _MEASURES},
+        "seconds.total": _number(seconds.get("total")),
+        **{f"seconds.{name}": _number(value) for name, value in seconds.items()},
+        # A metric logged without a part (``loss``, ``seed``) must not take the place of another column.
+        **{k if "/" in k else f"metrics.{k}": _number(v) for k, v in metrics.items() if k != "nonfinite"},
+        **{f"config.{name}": _scalar(value) for name, value in row["config"].items()},
+        **{f"versions.{name}": _scalar(value) for name, value in (row.get("versions") or {}).items()},
+        **{f"host.{name}": _scalar(value) for name, value in (row.get("host") or {}).items()},
+        **{f"error.{name}": _error(row, key).get(name) for name in ("type", "message", "traceback")},
+        **{name: "\n".join(one_line(text) for text in row.get(name) or []) or None for name in ("notes", "warnings")},
+        **{name: _scalar(row.get(name)) for name in ("attempt", "started", "finished")},
+    }
+
+
+def _labels(rows: Sequence[Row]) -> dict[str, str]:
+    """Label by canonical name; two norms of one label (a class name in two files) are told apart by their names."""
     labels = {row["norm"]: str(row["label"]) for row in rows}
     taken = list(labels.values())
     return {norm: label if taken.count(label) == 1 else f"{label} [{norm}]" for norm, label in labels.items()}
 
 
-def _settings(rows: list[dict[str, Any]]) -> list[str]:
+def _settings(rows: Sequence[Row]) -> list[str]:
     """For every row a short text of its setting: the values of what varies within its task, or nothing."""
     values: dict[str, dict[str, set[str]]] = {}
     for row in rows:
@@ -165,23 +213,23 @@ def _settings(rows: list[dict[str, Any]]) -> list[str]:
             values.setdefault(row["task"], {}).setdefault(key, set()).add(json.dumps(value, sort_keys=True))
     texts = []
     for row in rows:
-        varied = [k for k, v in values[row["task"]].items() if len(v) > 1 and k not in _IDENTITY]
+        varied = [k for k, v in values[row["task"]].items() if len(v) > 1 and k not in IDENTITY]
         texts.append(", ".join(f"{k}={_scalar(row['config'].get(k))}" for k in varied))
     return texts
 
 
-def _measured(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """For every task the key of the metric to report: that of the test part, of the validation part when there is none."""
+def _measured(rows: Sequence[Row]) -> dict[str, str]:
+    """For every task the key of the metric to report: of the test part, of the validation part when there is none."""
     keys = {}
-    for task in {row["task"] for row in rows}:
+    for task in unique(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         metric, mode = mine[0]["metric"], mine[0]["mode"]
         if mode not in ("max", "min") or any((row["metric"], row["mode"]) != (metric, mode) for row in mine):
-            pairs = sorted({f"{row['metric']} ({row['mode']})" for row in mine})
-            raise NormzooError(f"the results of {task!r} must share one metric with mode max or min, and have {', '.join(pairs)}")
-        test = f"test/{metric}"
-        has_test = any(test in row["metrics"] for row in mine) or not any(f"val/{metric}" in row["metrics"] for row in mine)
-        keys[task] = test if has_test else f"val/{metric}"
+            pairs = ", ".join(sorted({f"{row['metric']} ({row['mode']})" for row in mine}))
+            raise NormzooError(f"the results of {task!r} must share one metric with mode max or min, and have {pairs}")
+        test, validation = f"test/{metric}", f"val/{metric}"
+        has_test = any(test in row["metrics"] for row in mine)
+        keys[task] = test if has_test or not any(validation in row["metrics"] for row in mine) else validation
     return keys
 
 
@@ -197,14 +245,14 @@ def _error(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if row.get("error"):
         return row["error"]
     if row["status"] == "done" and key not in row["metrics"]:
-        return {"type": "MissingMetric", "message": f"the run ended without logging {key}", "traceback": None}
+        return {"type": "MissingMetric", "message": f"the run ended without logging {key}"}
     return {}
 
 
 def _number(value: object) -> float | None:
     """A finite number, or None."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+        return value
     return None
 
 
@@ -213,9 +261,7 @@ def _scalar(value: object) -> object:
     return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value, sort_keys=True)
 
 
-def _one_type(column: pd.Series) -> pd.Series:
+def _one_type(values: list[Any]) -> list[Any]:
     """Parquet wants one type a column: text where numbers, booleans and text are mixed."""
-    kinds = {"number" if isinstance(v, (int, float)) and not isinstance(v, bool) else type(v).__name__ for v in column.dropna()}
-    if len(kinds) > 1:
-        return column.map(lambda v: v if v is None or v is pd.NA else str(v)).astype(object)
-    return column
+    kinds = {float if type(v) in (int, float) else type(v) for v in values if v is not None}
+    return values if len(kinds) < 2 else [v if v is None else str(v) for v in values]

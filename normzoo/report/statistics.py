@@ -6,8 +6,8 @@ Two intervals are computed for a mean paired difference, and the report shows bo
   ``n`` and pays for a small ``n`` with its width (``t`` is 4.30 for three seeds, 2.78 for five).
 - **The percentile bootstrap** makes no assumption about the shape, but cannot leave the range of the differences that
   were observed. For a symmetric distribution the whole range of ``n`` differences covers their centre with probability
-  ``1 - 2^(1 - n)`` only: 75 % for three seeds, 93.75 % for five (:func:`bootstrap_ceiling`). Below about ten seeds it is
-  a description of the sample, not a 95 % interval.
+  ``1 - 2^(1 - n)`` only: 75 % for three seeds, 93.75 % for five (:func:`bootstrap_ceiling`). Below about ten seeds it
+  describes the sample, and is no 95 % interval.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Difference:
         lost: seeds in which the norm did worse; the norm alone diverging is one.
         tied: seeds with equal values, or in which both diverged.
         seeds: the difference of every pair that has one, by seed.
-        better: 1 when the t interval lies on the better side of zero, -1 on the worse side, 0 when it decides nothing.
+        better: 1 when the t interval lies on the better side of zero, -1 on the worse side. 0 when it contains zero or
+            has no width, and when the one that seems better diverged in a seed in which the other trained.
     """
 
     n: int
@@ -190,10 +191,11 @@ def paired_difference(
     """
     common = sorted(norm.keys() & baseline.keys())
     seeds = {s: norm[s].value - baseline[s].value for s in common if norm[s].outcome == baseline[s].outcome == "ok"}
-    signs = [_sign(norm[s], baseline[s], mode) for s in common if "failed" not in (norm[s].outcome, baseline[s].outcome)]
+    ended = [(norm[s], baseline[s]) for s in common if "failed" not in (norm[s].outcome, baseline[s].outcome)]
+    signs = [_sign(a, b, mode) for a, b in ended]
+    unpaired = [_sign(a, b, mode) for a, b in ended if a.outcome != b.outcome]
     d = np.array(list(seeds.values()))
     t = t_interval(d, level)
-    better = 0 if t is None else t.side * (1 if mode == "max" else -1)
     return Difference(
         n=len(d),
         pairs=len(common),
@@ -205,7 +207,7 @@ def paired_difference(
         lost=signs.count(-1),
         tied=signs.count(0),
         seeds=seeds,
-        better=better,
+        better=_better(d, t, mode, unpaired),
     )
 
 
@@ -221,8 +223,21 @@ def standard_deviation(values: Sequence[float] | NDArray[np.float64]) -> float:
 def _finite(differences: ArrayLike) -> NDArray[np.float64]:
     d = np.asarray(differences, dtype=np.float64)
     if d.ndim != 1 or not np.isfinite(d).all():
-        raise ValueError(f"expected finite differences of shape (n,), got {d!r}; runs without a value do not enter a mean")
+        raise ValueError(
+            f"expected finite differences of shape (n,), got {d!r}; runs without a value do not enter a mean"
+        )
     return d
+
+
+def _better(d: NDArray[np.float64], t: Interval | None, mode: Mode, unpaired: Sequence[int]) -> int:
+    """The side that the t interval decides for; ``unpaired``: the signs of seeds in which one of the two diverged."""
+    # Equal differences leave an interval without width. They come from a coarse metric (one sample more or less out of
+    # a few hundred), not from certainty, and decide nothing.
+    if t is None or np.ptp(d) <= 1e-9 * np.abs(d).max():
+        return 0
+    side = t.side if mode == "max" else -t.side
+    # The mean is over the seeds in which both trained: who did not train in another one has not won by it.
+    return 0 if -side in unpaired else side
 
 
 def _sign(norm: Seed, baseline: Seed, mode: Mode) -> int:

@@ -31,12 +31,14 @@ class Column:
         cells: one text a row.
         spare: the larger, the sooner it is left out where the terminal is narrow; 0 is never.
         left: whether it is text, aligned to the left.
+        verbatim: whether its cells are names that somebody else chose.
     """
 
     title: str
     cells: list[str]
     spare: int = 0
     left: bool = False
+    verbatim: bool = False
 
     @property
     def width(self) -> int:
@@ -49,15 +51,15 @@ def columns(comparison: Comparison) -> list[Column]:
     """The table of one task, best norm first: what the terminal and the page both show."""
     c = comparison
     rows = c.rows
-    result = [Column("norm", [one_line(row.label) for row in rows], left=True)]
+    result = [Column("norm", [one_line(row.label) for row in rows], left=True, verbatim=True)]
     if len({row.setting for row in rows}) > 1:
-        result.append(Column("setting", [one_line(row.setting) for row in rows], left=True))
-    result.append(Column(one_line(c.measured), [_value(row, c) for row in rows]))
+        result.append(Column("setting", [one_line(row.setting) for row in rows], left=True, verbatim=True))
+    result.append(Column(one_line(c.measured), [value_text(row, c) for row in rows]))
     if c.baseline is not None:
         result += _differences(c)
-    result.append(Column("seeds", [_seeds(row) for row in rows], left=True))
+    result.append(Column("seeds", [seeds_text(row) for row in rows], left=True))
     if not all(math.isnan(row.step_ms) for row in rows):
-        result.append(Column("ms/step", [_time(row) for row in rows], 1))
+        result.append(Column("ms/step", [time_text(row) for row in rows], 1))
     if not all(math.isnan(row.parameters) for row in rows):
         result.append(Column("params", [compact(row.parameters) for row in rows], 3))
     return result
@@ -69,14 +71,15 @@ def _differences(c: Comparison) -> list[Column]:
     won = ["" if d is None else f"{d.won}:{d.lost}" for d in found]
     verdict = ["" if d is None or d.t is None else d.verdict for d in found]
     return [
-        Column(f"difference [{findings.PERCENT} t]", [_difference(row, c) for row in c.rows]),
+        Column(f"difference [{findings.PERCENT} t]", [difference_text(row, c) for row in c.rows]),
         Column("verdict", verdict, 4, left=True),
         Column("bootstrap", boot, 5),
         Column("won:lost", won, 2),
     ]
 
 
-def _difference(row: Row, c: Comparison) -> str:
+def difference_text(row: Row, c: Comparison) -> str:
+    """Mean paired difference and its t interval, or why there is none."""
     d = row.difference
     if d is None:
         return "baseline"
@@ -86,21 +89,24 @@ def _difference(row: Row, c: Comparison) -> str:
     return f"{c.numbers.value(d.mean, True)} {interval}"
 
 
-def _value(row: Row, c: Comparison) -> str:
+def value_text(row: Row, c: Comparison) -> str:
+    """Mean and standard deviation."""
     if not row.values:
         return "–"
     spread = f" ± {c.numbers.value(row.sd)}" if len(row.values) > 1 else ""
     return f"{c.numbers.value(row.mean)}{spread}"
 
 
-def _seeds(row: Row) -> str:
+def seeds_text(row: Row) -> str:
+    """How many seeds the mean is over, and what became of the others."""
     used = f"{len(row.values)}/{row.planned}"
     if row.difference and row.difference.n < len(row.values):
         used += f", {count(row.difference.n, 'pair')}"
     return f"{used}, {row.troubles}" if row.troubles else used
 
 
-def _time(row: Row) -> str:
+def time_text(row: Row) -> str:
+    """Milliseconds of a training step, and their ratio to the baseline's."""
     if math.isnan(row.step_ms):
         return "–"
     ratio = "" if math.isnan(row.step_ratio) else f" {row.step_ratio:.2f}×"
@@ -109,6 +115,15 @@ def _time(row: Row) -> str:
 
 def _short(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def whole(n: float) -> str:
+    """A count with its thousands told apart, ``–`` for NaN.
+
+    >>> whole(12345.0)
+    '12,345'
+    """
+    return "–" if math.isnan(n) else f"{n:,.0f}"
 
 
 def compact(n: float) -> str:
@@ -145,8 +160,10 @@ def print_comparison(directory: str | os.PathLike[str], console: Console | None 
         printer.blank()
         printer.text(findings.title(comparison, one_line), style="bold")
         printer.table(comparison)
+        for note in findings.notes(results, comparison.task, one_line):
+            printer.text(f"Note on {note}", indent="  ")
     printer.blank()
-    printer.listing("Held fixed", findings.held_fixed(results, comparisons))
+    printer.listing("Held fixed", findings.held_fixed(results, comparisons, one_line))
     printer.listing("To read it", [*findings.intervals(comparisons), findings.RANKING])
     printer.blank()
     printer.text(findings.cost(results))
@@ -182,10 +199,20 @@ class _Printer:
         kept = columns(comparison)
         while _needed(kept) > self.console.width and any(column.spare for column in kept):
             kept.remove(max(kept, key=lambda column: column.spare))
+        if _needed(kept) > self.console.width:
+            self._stacked(comparison)
+            return
         self.console.print(_table(kept, [_style(row) for row in comparison.rows], self._speakable))
         dropped = [column.title for column in columns(comparison) if column.title not in [k.title for k in kept]]
         if dropped:
             self.text(f"Left out for want of width: {', '.join(dropped)}.", style="dim")
+
+    def _stacked(self, comparison: Comparison) -> None:
+        """One paragraph a norm, where no table fits."""
+        shown = columns(comparison)
+        for i, row in enumerate(comparison.rows):
+            parts = [f"{column.title} {column.cells[i]}" for column in shown[1:] if column.cells[i]]
+            self.text(f"{shown[0].cells[i]}: {'; '.join(parts)}", style=_style(row), indent="  ")
 
     def _speakable(self, text: str) -> str:
         """The text in what the output can encode: a terminal without Unicode must not end in a traceback."""

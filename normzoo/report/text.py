@@ -24,7 +24,7 @@ class Numbers:
 
     @classmethod
     def fitting(cls, values: Iterable[float], spreads: Iterable[float]) -> Numbers:
-        """So many decimals that the typical spread is 3 to 30 units of the last one, as one writes a value with its error.
+        """So many decimals that the typical spread is 3 to 30 units of the last one.
 
         Values that span more than two decades get three significant digits each instead.
 
@@ -76,10 +76,10 @@ def one_line(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """The text as a Markdown code span that survives in a table, whatever it holds.
+    r"""The text as a Markdown code span that survives in a table, whatever it holds.
 
     >>> code("batch_norm"), code("a|b"), code("tick`")
-    ('`batch_norm`', '`a\\\\|b`', '`` tick` ``')
+    ('`batch_norm`', '`a\\|b`', '`` tick` ``')
     """
     line = one_line(text).replace("|", r"\|")
     longest = max((len(run) for run in re.findall(r"`+", line)), default=0)

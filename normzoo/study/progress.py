@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,6 @@ class Progress:
         self.running: dict[str, Cell] = {}
         self.workers = workers
         self._live: Any = None
-        self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal and not self.console.quiet:
@@ -57,7 +55,9 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            live, self._live = self._live, None
+            self.running.clear()
+            live.stop()
             self.console.print(self.table())
 
     def say(self, text: str) -> None:
@@ -99,7 +99,7 @@ class Progress:
         left = self.time_left()
         done, total = len(self.rows), sum(self.total.values())
         caption = f"{done} of {total} cells"
-        if done < total:
+        if self.running:
             caption += f", about {duration(left)} left" if left is not None else ", starting"
         table = Table(caption=caption, caption_justify="left")
         table.add_column("task")

@@ -40,6 +40,7 @@ ATTEMPTS = 2
 CANNOT_WRITE = 74
 """Exit code of a cell's process that could not write its files, as in sysexits.h."""
 
+_MIRROR = "normzoo.study.tracking"
 _TICK = 0.2
 _inside_cell = False
 
@@ -236,7 +237,7 @@ class _Run:
                 return
         if failure is not None:
             hint = ""
-            if "torchvision" in failure:
+            if "torchvision::" in failure:
                 hint = " (torchvision does not fit this torch: uninstall it, nothing here needs it)"
             last = "\n".join(f"  {line}" for line in failure.rstrip().splitlines()[-4:])
             raise NormzooError(f"the processes of the trainings cannot start{hint}:\n{last}")
@@ -398,31 +399,34 @@ def _ask(cells: list[Cell]) -> tuple[str | None, list[str]]:
     """
     context = _context()
     reader, writer = context.Pipe(duplex=False)
-    process = _start(context, _answer, writer, cells)
-    writer.close()
     try:
-        return reader.recv()
-    except EOFError:
-        return "the process ended; run `python -c 'import pytorch_lightning'` to see why", []
-    finally:
+        process = _start(context, _answer, writer, cells)
+        writer.close()
+        answer = reader.recv()
         process.join()
+        return answer
+    except (EOFError, ConnectionError):
+        return "a process ended while it loaded them; run `python -m normzoo.study.warm` to see why", []
 
 
 def _answer(writer: multiprocessing.connection.Connection, cells: list[Cell], launched: float) -> None:
+    global _inside_cell
+    _inside_cell = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from normzoo.study import warm
 
-    try:
-        if warm.failure is None:
-            from normzoo.study import cell, spec
+    failure, reasons = warm.failure, []
+    if failure is None:
+        from normzoo.study import cell, spec
 
+        try:
             for name in dict.fromkeys(name for each in cells for name in each.imports):
                 cell.load(name)
-            writer.send((None, spec.refusals(cells)))
-        else:
-            writer.send((warm.failure, []))
-    except Exception:
-        writer.send((traceback.format_exc(), []))
+            reasons = spec.refusals(cells)
+        except Exception:
+            failure = traceback.format_exc()
+    with contextlib.suppress(BrokenPipeError):  # the runner was interrupted meanwhile
+        writer.send((failure, reasons))
 
 
 def _work(cell: Cell, directory: Path, attempt: int, launched: float) -> None:
@@ -516,21 +520,26 @@ class _Signals:
 @contextlib.contextmanager
 def _mirror(directory: Path, track: bool, wait: float, stop: _Signals, display: Progress) -> Iterator[None]:
     """The Weights & Biases mirror runs beside; none of its faults is one of the study."""
-    process = _start_mirror(directory) if track else None
+    process, trouble = None, ""
+    if track:
+        try:
+            process = _start_mirror(directory)
+        except OSError as error:
+            trouble = f"did not start ({error})"
     try:
         yield
     finally:
         if process is not None:
             trouble = _end_mirror(process, directory, wait, stop)
-            if trouble:
-                display.say(f"the Weights & Biases mirror {trouble}; `normzoo sync {directory}` completes it")
+        if trouble:
+            display.say(f"the Weights & Biases mirror {trouble}; `normzoo sync {directory}` completes it")
 
 
-def _start_mirror(directory: Path) -> subprocess.Popen[bytes] | None:
+def _start_mirror(directory: Path) -> subprocess.Popen[bytes]:
     (directory / store.MIRROR_STOP).unlink(missing_ok=True)
     with open(directory / store.MIRROR_LOG, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "normzoo.study.tracking", str(directory), "--follow"],
+            [sys.executable, "-m", _MIRROR, str(directory), "--follow"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

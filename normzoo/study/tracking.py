@@ -79,6 +79,7 @@ class Limits:
         stall: for a sign of life of the worker; longer than any single call to W&B may take.
         grace: for the rest to be mirrored after the study has ended.
         poll: between two looks at the files.
+        lock: for another mirror of the same folder to end.
     """
 
     init: float = 20.0
@@ -86,6 +87,7 @@ class Limits:
     stall: float = 90.0
     grace: float = 120.0
     poll: float = 1.0
+    lock: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,13 @@ class Mirrored:
         notes += [f"{self.unfinished} of a cell without result"] if self.unfinished else []
         text += f" ({', '.join(notes)})" if notes else ""
         if self.mode == "offline" and (self.runs or self.unchanged):
-            text += f"; `wandb login`, then `normzoo sync {self.directory}`, uploads them"
-        return text if self.problem is None else f"{text}\nwarning: {self.problem}"
+            upload = f"`normzoo sync {self.directory}` or `wandb sync {self.directory / _FOLDER}`"
+            text += f"; after `wandb login`, {upload} uploads them"
+        if self.problem is not None:
+            text += (
+                f"\nwarning: {self.problem}; the results are as they were, `normzoo sync {self.directory}` tries again"
+            )
+        return text
 
 
 def sync(directory: str | os.PathLike[str], mode: str | None = None, *, limits: Limits | None = None) -> Mirrored:
@@ -227,10 +234,10 @@ def _keep(directory: Path, mode: str | None, limits: Limits, stop: threading.Eve
         total = replace(total, problem="online was asked for without a W&B login (`wandb login`): mirrored offline")
         _note(directory, f"warning: {total.problem}")
     pauses = itertools.chain((2.0, 10.0, 60.0), itertools.repeat(300.0))
-    told = None
+    told, since = None, time.time() - 30  # its runner did not wait for this process to come up
     while True:
         last = stop is None or _stopped(directory, stop)
-        outcome = _Keeper(directory, chosen, limits, stop).run()
+        outcome = _Keeper(directory, chosen, limits, stop, since).run()
         total = replace(
             total,
             runs=total.runs + outcome.runs,
@@ -283,8 +290,8 @@ def _when_closed(stream: Any, action: Callable[[], object]) -> None:
 class _Keeper:
     """One worker's life, seen from outside."""
 
-    def __init__(self, directory: Path, mode: str, limits: Limits, stop: threading.Event | None) -> None:
-        self.directory, self.mode, self.limits, self.stop = directory, mode, limits, stop
+    def __init__(self, directory: Path, mode: str, limits: Limits, stop: threading.Event | None, since: float) -> None:
+        self.directory, self.mode, self.limits, self.stop, self.since = directory, mode, limits, stop, since
         self.messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self.errors: list[str] = []
         self.last = Mirrored(directory, mode)
@@ -292,7 +299,7 @@ class _Keeper:
     def run(self) -> Mirrored:
         """Start the worker, and answer with what it says it did, or with what became of it."""
         command = [sys.executable, "-P", "-m", "normzoo.study.tracking", str(self.directory), "--worker", self.mode]
-        command += ["--follow"] if self.stop is not None else []
+        command += ["--follow", "--since", str(self.since)] if self.stop is not None else []
         command += ["--limits", json.dumps(asdict(self.limits))]
         worker = subprocess.Popen(
             command,
@@ -349,9 +356,9 @@ class _Keeper:
         return "end" in message
 
     def _died(self, code: int) -> Mirrored:
-        words = [line for line in self.errors if line.strip()]
+        words = f": {self.errors[-1]}" if code > 0 and self.errors else ""
         reason = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return replace(self.last, problem=f"the mirror process died ({reason}){': ' + words[-1] if words else ''}")
+        return replace(self.last, problem=f"the mirror process died ({reason}){words}")
 
     def _listen(self, pipe: IO[bytes]) -> None:
         with pipe:
@@ -362,7 +369,7 @@ class _Keeper:
     def _overhear(self, pipe: IO[bytes]) -> None:
         with pipe:
             for line in pipe:
-                self.errors = [*self.errors[-20:], line.decode(errors="replace").strip()]
+                self.errors[:] = [line.decode(errors="replace").strip()]
 
 
 def _environment(directory: Path, mode: str) -> dict[str, str]:
@@ -374,8 +381,8 @@ def _environment(directory: Path, mode: str) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not ours.fullmatch(key)}
     # The mirror says itself what went wrong; W&B need not hear of it.
     environment.setdefault("WANDB_ERROR_REPORTING", "false")
-    environment.setdefault("WANDB_CACHE_DIR", str(directory.resolve() / _FOLDER))
-    environment.setdefault("WANDB_DATA_DIR", str(directory.resolve() / _FOLDER))
+    environment.setdefault("WANDB_CACHE_DIR", str(directory.resolve() / _FOLDER / "cache"))
+    environment.setdefault("WANDB_DATA_DIR", str(directory.resolve() / _FOLDER / "cache"))
     return environment | {"WANDB_MODE": mode}
 
 
@@ -402,17 +409,20 @@ class _Cell:
 
 
 class _Notices(io.TextIOBase):
-    """Standard error, with what W&B says there kept for reading: it tells nowhere else that an upload failed for good."""
+    """Standard error, kept for reading: nowhere else does W&B say that an upload failed for good."""
 
     def __init__(self, below: Any) -> None:
         self._below, self._text = below, ""
 
     def write(self, text: str) -> int:
         self._text += text
-        return self._below.write(text)
+        with contextlib.suppress(BrokenPipeError):  # the keeper is gone, and the rest is still to be written
+            self._below.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._below.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self._below.flush()
 
     def take(self) -> list[str]:
         """The complete lines since the last call."""
@@ -424,12 +434,12 @@ class _Worker:
     """Keeps one W&B run per cell, in this process."""
 
     def __init__(
-        self, directory: Path, mode: str, limits: Limits, notices: _Notices, tell: Callable[..., None]
+        self, directory: Path, mode: str, limits: Limits, since: float, notices: _Notices, tell: Callable[..., None]
     ) -> None:
         import wandb
 
         self.wandb, self.directory, self.mode, self.limits, self.notices = wandb, directory, mode, limits, notices
-        self.tell = tell
+        self.since, self.tell = since, tell
         self.told = 0.0
         self.study: dict[str, Any] = {}
         self.study_look: tuple[Any, ...] | None = None
@@ -460,7 +470,7 @@ class _Worker:
             if time.monotonic() - self.told > 0.5:
                 self.report()
             if time.monotonic() > deadline:
-                raise _Trouble("no time was left to mirror everything; `normzoo sync` does the rest")
+                raise _Trouble("no time was left to mirror everything")
             if cell.id in self.refused:
                 continue
             try:
@@ -498,8 +508,8 @@ class _Worker:
         before, cell.look = cell.look, look
         if look[0] is None or (look == before and (cell.settled or not final)):
             return
-        # What lay there unfinished when the mirror began is left until it moves: it may be waiting to be run again.
-        if before is None and look[2] is None and not final:
+        # What lay there unfinished before the study began is left until it moves: it may be waiting to be run again.
+        if before is None and look[2] is None and look[0][2] < self.since * 1e9 and not final:
             return
         header = store.load_config(self.directory, cell.id)
         if header is None:
@@ -526,7 +536,7 @@ class _Worker:
 
     def _mark(self, cell: _Cell, header: dict[str, Any], result: dict[str, Any] | None) -> list[Any]:
         """What tells one state of a cell's files from another, and one place to mirror them to from another."""
-        metrics = _stat(store.cell_dir(self.directory, cell.id) / store.METRICS)
+        metrics = cell.look[1] if cell.look else None  # as it was before it was read: what came since is mirrored again
         target = self.target if self.mode == "online" else None
         return [header["started"], result and result.get("finished"), metrics and metrics[1], target]
 
@@ -680,9 +690,9 @@ class _Worker:
         for line in self.notices.take():
             text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
             if "ERROR" in text or "Fatal error" in text:
-                raise _Trouble(text)
+                raise _Trouble(text.removeprefix("wandb: ").removeprefix("WARNING "))
             if "WARNING" in text:
-                self.tell(warning=text)
+                self.tell(warning=text.removeprefix("wandb: WARNING "))
 
     # What the mirror remembers of a cell, in each mode
 
@@ -733,7 +743,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict):
         return None
-    return row | {key: math.nan for key in row.pop("nonfinite", ())}
+    return row | dict.fromkeys(row.pop("nonfinite", ()), math.nan)
 
 
 def _summary(header: dict[str, Any], result: dict[str, Any] | None, seen: set[str]) -> dict[str, Any]:
@@ -769,12 +779,14 @@ def _alone(directory: Path, patience: Callable[[], bool]) -> Iterator[None]:
                 break
             except NormzooError:
                 if not patience():
-                    raise NormzooError(f"another process mirrors {directory} at this moment; try again later") from None
+                    raise NormzooError(
+                        f"another process mirrors {directory} at this moment, as a running study does"
+                    ) from None
                 time.sleep(0.2)
         yield
 
 
-def _work(directory: Path, mode: str, limits: Limits, following: bool) -> None:
+def _work(directory: Path, mode: str, limits: Limits, following: bool, since: float) -> None:
     """The worker's life. It ends by `os._exit`: wandb's own way out waits for whatever is still open."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stderr = notices = _Notices(os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1))
@@ -796,12 +808,12 @@ def _work(directory: Path, mode: str, limits: Limits, following: bool) -> None:
 
     def patience() -> bool:
         tell()
-        return (following and not closed.is_set()) or time.monotonic() - begun < 5.0
+        return (following and not closed.is_set()) or time.monotonic() - begun < limits.lock
 
     problem = None
     try:
         with _warnings_told(tell), _alone(directory, patience):
-            worker = _Worker(directory, mode, limits, notices, tell)
+            worker = _Worker(directory, mode, limits, since, notices, tell)
             if following:
                 worker.follow(closed)
             else:
@@ -810,7 +822,7 @@ def _work(directory: Path, mode: str, limits: Limits, following: bool) -> None:
             if worker.refused:
                 problem = f"W&B did not take {len(worker.refused)} of the cells; see {directory / store.MIRROR_LOG}"
     except Exception as error:  # whatever it is, the keeper writes it down
-        problem = str(error) if isinstance(error, NormzooError | _Trouble) else _line(error)
+        problem = str(error) if isinstance(error, NormzooError | _Trouble) else f"the mirror failed: {_line(error)}"
     tell(did={"problem": problem}, end=True)
     os._exit(0 if problem is None else 1)
 
@@ -837,12 +849,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mode", help="online, offline or disabled")
     parser.add_argument("--limits", type=json.loads, default={}, help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--since", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     limits = Limits(**options.limits)
     if options.follow and _is_pipe(sys.stdin):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runner, who closes the pipe
     if options.worker:
-        _work(options.directory, options.worker, limits, options.follow)
+        _work(options.directory, options.worker, limits, options.follow, options.since)
     try:
         done = (follow if options.follow else sync)(options.directory, options.mode, limits=limits)
     except NormzooError as error:

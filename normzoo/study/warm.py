@@ -7,7 +7,9 @@ itself.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import signal
 import traceback
@@ -22,15 +24,17 @@ failure: str | None = None
 """The traceback of an import that does not work here; the runner reads it and says so before any cell starts."""
 
 try:
-    import pytorch_lightning  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # noqa: F401  optimizers import it at their first step
-    import torchmetrics  # noqa: F401
-
-    from normzoo import registry
+    for _name in ("pytorch_lightning", "torchmetrics", "sklearn.datasets", "normzoo.tasks.building"):
+        importlib.import_module(_name)
+    for _name in ("torch._dynamo", "torch.profiler._cupti_monitor", "einops._torch_specific"):
+        with contextlib.suppress(ImportError):  # what a first step imports; private, and not in every version
+            importlib.import_module(_name)
+    from normzoo import data, registry
     from normzoo.study import cell
 
     registry.list_norms()
+    for _name in data.list_data():
+        data.data_info(_name)
     cell.versions()
     cell.processor()
 except Exception:  # a broken installation raises anything at all; it is reported, not hidden
@@ -40,3 +44,6 @@ except Exception:  # a broken installation raises anything at all; it is reporte
 gc.collect()
 gc.freeze()
 signal.signal(signal.SIGINT, _before)
+
+if __name__ == "__main__":
+    print(failure or "everything that a training needs can be imported")

@@ -13,18 +13,19 @@ from normzoo.tasks.catalogue import Task, find_task, list_tasks, primary_metric,
 from normzoo.tasks.setting import Setting
 
 if TYPE_CHECKING:
-    from normzoo.tasks.building import build, check_compatible
+    from normzoo.tasks.building import build
+    from normzoo.tasks.compatibility import check_compatible
     from normzoo.tasks.layer_sync import NormSync
     from normzoo.tasks.modules import ClassificationTask, LanguageModelTask, RegressionTask, TrainingTask
 
-_HOME = {  # these import Lightning
+_HOME = {  # these import torch, and all but the last Lightning
     "ClassificationTask": "modules",
     "LanguageModelTask": "modules",
     "NormSync": "layer_sync",
     "RegressionTask": "modules",
     "TrainingTask": "modules",
     "build": "building",
-    "check_compatible": "building",
+    "check_compatible": "compatibility",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -29,7 +29,7 @@ class TrainingTask(pl.LightningModule, ABC):
     """A model that is trained by a setting: abstract; a subclass says what the loss is and what is measured.
 
     Batches are mappings with ``x``, ``y`` and, for sequences of different lengths, ``mask``, true where a token is
-    real.
+    real; or tuples of these in this order.
 
     It runs in any ``pytorch_lightning.Trainer``. Clipping and accumulation are the Trainer's business
     (``setting.trainer_arguments()``); where the Trainer was not told, the task tells it. The training loss is logged as
@@ -57,6 +57,14 @@ class TrainingTask(pl.LightningModule, ABC):
         self._block_steps = 0
         self._logged_at = 0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The Trainer notes the running hook on the module some fifty times a step, and torch's own way of setting an
+        # attribute, which looks for parameters and modules, would make that a tenth of a small step.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @abstractmethod
     def measures(self) -> dict[str, Metric]:
         """Fresh metrics by the name under which they are logged."""
@@ -75,8 +83,9 @@ class TrainingTask(pl.LightningModule, ABC):
 
     # ---- training ------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch | Sequence[Tensor], batch_idx: int) -> Tensor:
         """The mean loss of a batch."""
+        batch = _named(batch)
         loss, _ = self.loss(self(batch["x"], batch.get("mask")), batch)
         # Metrics and self.log in every step would cost as much as a small model: one addition does not.
         self._block = loss.detach() if self._block is None else self._block + loss.detach()
@@ -103,7 +112,7 @@ class TrainingTask(pl.LightningModule, ABC):
 
     def _log_block(self) -> None:
         if self._block is not None:
-            self.log("train/loss", self._block / self._block_steps)
+            self.log("train/loss", self._block / self._block_steps, sync_dist=True)
             self._block, self._block_steps = None, 0
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -144,15 +153,16 @@ class TrainingTask(pl.LightningModule, ABC):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch | Sequence[Tensor], batch_idx: int) -> None:
         """Measure a batch."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch | Sequence[Tensor], batch_idx: int) -> None:
         """Measure a batch."""
         self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, stage: str, batch: Batch | Sequence[Tensor]) -> None:
+        batch = _named(batch)
         answer = self(batch["x"], batch.get("mask"))
         loss, count = self.loss(answer, batch)
         metrics: Any = self.metrics[f"on_{stage}"]
@@ -250,6 +260,15 @@ class RegressionTask(TrainingTask):
         """Count squared errors."""
         answer, target = _real(answer, batch)
         metrics["mse"].update(answer.contiguous(), target.contiguous())
+
+
+def _named(batch: Batch | Sequence[Tensor]) -> Batch:
+    """What a loader gives, by name."""
+    if isinstance(batch, Mapping):
+        return batch
+    if not isinstance(batch, list | tuple) or len(batch) not in (2, 3):
+        raise NormzooError(f"a batch is a mapping with x, y and perhaps mask, or a tuple of them; got {type(batch)}")
+    return dict(zip(("x", "y", "mask"), batch, strict=False))
 
 
 def _target(batch: Batch) -> Tensor:

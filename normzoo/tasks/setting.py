@@ -24,7 +24,8 @@ class Setting:
         optimizer: ``"sgd"``, ``"adamw"``, ``"adam"`` or ``"muon"`` (matrices of hidden layers by Muon, the
             rest by AdamW).
         lr: Largest learning rate.
-        momentum: Of SGD and Muon; for Adam and AdamW the decay of the first moment, :math:`\beta_1`.
+        momentum: Of SGD and Muon; for Adam and AdamW, also beside Muon, the decay of the
+            first moment, :math:`\beta_1`.
         nesterov: Nesterov's momentum, for SGD and Muon.
         beta2: Decay of the second moment, for Adam, AdamW and what Muon leaves to AdamW.
         weight_decay: Decoupled for AdamW and Muon, added to the gradient for SGD and Adam, as in torch.

@@ -1,0 +1,725 @@
+"""Batch norm with other statistics: without one of its two halves, by other deviations, over channel groups, frozen.
+
+``BatchFormulaNorm`` and the statistics of masked tensors, which the other families of batch norms share, live here too.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from normzoo.errors import NormzooError, OptionError
+from normzoo.layers.base import FormulaNorm, MomentNorm, Paper, Traits, in_backward
+from normzoo.ops import Moments
+from normzoo.registry import register
+
+# ---- what the families of batch norms share --------------------------------------------------------------------------
+
+BATCH = (0, 2)
+"""Samples and positions of ``(b, c, s)``: a statistic for each channel."""
+
+SAMPLE = (2,)
+"""Positions of ``(b, c, s)``: a statistic for each channel of each sample."""
+
+
+def number(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) -> Tensor | float:
+    """How many real elements each statistic of ``(b, c, s)`` over ``axes`` has; the mask is ``(b, 1, s)``."""
+    if mask is None:
+        return float(math.prod([x.shape[axis] for axis in axes]))
+    return mask.to(x.dtype).sum(axes, keepdim=True)
+
+
+def average(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) -> Tensor:
+    """Mean of the real elements of ``(b, c, s)`` over ``axes``, which stay as ones; zero where there are none."""
+    count = number(x, mask, axes)
+    if isinstance(count, Tensor) and mask is not None:
+        return torch.where(mask, x, 0).sum(axes, keepdim=True) / count.clamp(min=1)
+    return x.sum(axes, keepdim=True) / max(count, 1)  # pyright: ignore[reportArgumentType]
+
+
+def moments_of(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the real elements of ``(b, c, s)`` over ``axes``, in two passes."""
+    mean = average(x, mask, axes)
+    return mean, average((x - mean).square(), mask, axes)
+
+
+def blend(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Mean and variance of a mixture that takes its elements from ``second`` with probability ``weight``.
+
+    .. math:: \mu = (1-w)\mu_1 + w\mu_2, \qquad \sigma^2 = (1-w)\sigma_1^2 + w\sigma_2^2 + w(1-w)(\mu_1-\mu_2)^2
+
+    The same as mixing the first two raw moments, without their cancellation.
+    """
+    (mean_1, var_1), (mean_2, var_2) = first, second
+    between = weight * (1 - weight) * (mean_1 - mean_2).square()
+    return (1 - weight) * mean_1 + weight * mean_2, (1 - weight) * var_1 + weight * var_2 + between
+
+
+def column(x: Tensor) -> Tensor:
+    """A value for each channel, ``(c,)``, brought to ``(1, c, 1)``."""
+    return x.view(1, -1, 1)
+
+
+class BatchFormulaNorm(FormulaNorm, MomentNorm):
+    r"""A norm of batch statistics whose author writes its formula on ``(b, c, s)``.
+
+    .. math:: y = \gamma \frac{x - m}{\sqrt{v + \varepsilon}} + \beta
+
+    A subclass says how the centre :math:`m` and the squared scale :math:`v` of a batch are measured
+    (:meth:`measure`), or writes another formula over :meth:`statistics`. The formula gets float32 or wider, as in
+    :class:`~normzoo.layers.base.FormulaNorm`; the running statistics are those of
+    :class:`~normzoo.layers.base.MomentNorm`.
+
+    Args:
+        num_features: number of channels ``C``.
+        eps: :math:`\varepsilon`, added to the squared scale.
+        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``) for each channel.
+        momentum: weight of the new value in the running averages; ``None`` is the cumulative average.
+        track_running_stats: keep running averages and use them in evaluation.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+    """
+
+    moments = "b c s -> c"
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        MomentNorm.__init__(
+            self, num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    @property
+    def synchronizable(self) -> bool:
+        """The statistics are those of this process."""
+        return False
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this forward pass uses the running statistics."""
+        return self.track_running_stats and not self.training
+
+    def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Centre and squared scale of a batch ``(b, c, s)``, each ``(1, c, 1)``, differentiable."""
+        return moments_of(x, mask)
+
+    def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The batch's centre and squared scale, which are counted, in training; the running ones in evaluation."""
+        if self.evaluates:
+            mean, var, _ = self.population()
+            return column(mean), column(var)
+        self.check_count(x, mask, False)
+        mean, var = self.measure(x, mask)
+        if x.numel():
+            count = number(x, mask)
+            count = count.flatten() if isinstance(count, Tensor) else count
+            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), count))
+        return mean, var
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Subtract the centre and divide by the scale."""
+        centre, squared_scale = self.statistics(x, mask)
+        return (x - centre) * torch.rsqrt(squared_scale + self.eps)
+
+    def buffer(self, name: str, value: float, *shape: int, like: Tensor) -> None:
+        """Register a constant buffer with the dtype and device of ``like``; it stays float32 or wider."""
+        self.register_buffer(name, torch.full(shape, value, device=like.device, dtype=like.dtype))
+
+    @property
+    def counts(self) -> bool:
+        """Whether this forward pass counts: in training, not held, and not repeated inside a backward pass."""
+        return self.track_running_stats and self.training and not self.hold and not in_backward()
+
+    @torch.no_grad()
+    def track(self, count: Tensor | float, news: Mapping[str, Tensor]) -> None:
+        """Count new values into the running averages of these names, each of shape ``(c,)``."""
+        if not self.counts:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        for name, value in news.items():
+            running = self.get_buffer(name)
+            weight = self.num_batches_tracked.to(running.dtype).reciprocal() if self.momentum is None else self.momentum
+            if isinstance(count, Tensor):
+                weight = weight * (count > 0).to(running.dtype)  # no real position, no news
+            running.lerp_(value.to(running.dtype), weight)
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics."""
+        for name, buffer in self.named_buffers(recurse=False):
+            buffer.fill_(1 if name.endswith(("var", "scale")) else 0)
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults, and the choices that were made."""
+        return MomentNorm.extra_repr(self)
+
+
+# ---- one half of batch norm ------------------------------------------------------------------------------------------
+
+
+@register("mean_only_batch_norm", aliases=("mean_only_bn", "mobn"))
+class MeanOnlyBatchNorm(BatchFormulaNorm):
+    r"""Subtract each channel's batch mean; do not divide.
+
+    .. math:: y = x - \mu_c + \beta_c, \qquad \mu_c \text{ over samples and positions}
+
+    Made to go with weight normalization, which takes care of the scale. There is no :math:`\gamma` and no
+    :math:`\varepsilon`.
+
+    Args:
+        num_features: number of channels ``C``.
+        affine: learn :math:`\beta` (``bias``).
+        momentum: weight of the new value in the running mean; ``None`` is the cumulative average.
+        track_running_stats: keep the running mean and use it in evaluation.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: in training, when a channel has a single value.
+
+    Example:
+        >>> norm = MeanOnlyBatchNorm(8)
+        >>> norm(torch.randn(4, 8, 5) + 3).mean().abs() < 1e-6
+        tensor(True)
+
+    Deviations:
+        The data-dependent initialisation of the paper's weight normalization is no part of this layer.
+
+    Reference:
+        Salimans and Kingma 2016, Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep
+        Neural Networks, arXiv 1602.07868, section 4.
+    """
+
+    paper = Paper(
+        "Salimans & Kingma", 2016,
+        "Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep Neural Networks",
+        "1602.07868",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=0.0, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.weight = None
+        self.running_var = None
+        del self._shown["eps"]
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch norm, but the scale of the input stays."""
+        return Traits(
+            batch_dependent=True, causal=self.track_running_stats, causal_in_training=False,
+            stateful=self.track_running_stats, shift_invariant=True,
+        )  # fmt: skip
+
+    def population(self) -> Moments:
+        """The running mean, and a variance of one, which divides nothing."""
+        assert self.running_mean is not None
+        return Moments(self.running_mean, torch.ones_like(self.running_mean), 1.0)
+
+    def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean, and a squared scale of one."""
+        mean = average(x, mask)
+        return mean, torch.ones_like(mean)
+
+    def update(self, moments: Moments) -> None:
+        """Count a training batch into the running mean."""
+        self.track(moments.number, {"running_mean": moments.mean})
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Subtract the mean."""
+        return x - self.statistics(x, mask)[0]
+
+
+@register("variance_norm", aliases=("variance_only_batch_norm", "vn"))
+class VarianceNorm(BatchFormulaNorm):
+    r"""Divide each channel by its batch standard deviation; do not centre.
+
+    .. math:: y = \gamma_c \frac{x}{\sqrt{\sigma_c^2 + \varepsilon}} + \beta_c, \qquad
+              \sigma_c^2 \text{ over samples and positions}
+
+    The variance is that about the mean, so a constant added to the input changes the output by the same constant,
+    scaled; dividing by the root of the second moment instead would be the scaling half of power norm.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: in training, when a channel has a single value.
+
+    Example:
+        >>> norm = VarianceNorm(8)
+        >>> norm(2 * torch.randn(64, 8, 5)).std().round(decimals=1)
+        tensor(1., grad_fn=<RoundBackward1>)
+
+    Deviations:
+        The running variance is the unbiased one, as in torch's batch norm; the paper, which studies initialisation,
+        does not say.
+
+    Reference:
+        Daneshmand, Kohler, Bach, Hofmann and Lucchi 2020, Batch Normalization Provably Avoids Rank Collapse for
+        Randomly Initialised Deep Networks, arXiv 2003.01652.
+    """
+
+    paper = Paper(
+        "Daneshmand et al.", 2020,
+        "Batch Normalization Provably Avoids Rank Collapse for Randomly Initialised Deep Networks", "2003.01652",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.running_mean = None
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch norm, but the mean of the input stays."""
+        return Traits(
+            batch_dependent=True, causal=self.track_running_stats, causal_in_training=False,
+            stateful=self.track_running_stats, scale_invariant=True,
+        )  # fmt: skip
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Divide by the standard deviation."""
+        return x * torch.rsqrt(self.statistics(x, mask)[1] + self.eps)
+
+
+# ---- other deviations ------------------------------------------------------------------------------------------------
+
+
+class DeviationNorm(BatchFormulaNorm):
+    r"""Batch norm by another measure of deviation: abstract; a subclass gives :meth:`deviation`.
+
+    .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{s_c^2 + \varepsilon}} + \beta_c
+    """
+
+    running_scale: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        scale, self.running_var = self.running_var, None  # an average of variances it is not
+        self.register_buffer("running_scale", scale)
+
+    @abstractmethod
+    def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The scale ``(1, c, 1)`` of a centred ``(b, c, s)`` whose masked positions are zero."""
+
+    def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean and the squared deviation."""
+        mean = average(x, mask)
+        centred = x - mean
+        return mean, self.deviation(centred if mask is None else torch.where(mask, centred, 0), mask).square()
+
+    def population(self) -> Moments:
+        """The running mean and the square of the running scale."""
+        assert self.running_mean is not None
+        assert self.running_scale is not None
+        return Moments(self.running_mean, self.running_scale.square(), 1.0)
+
+    def update(self, moments: Moments) -> None:
+        """Count a training batch into the running mean and scale."""
+        self.track(moments.number, {"running_mean": moments.mean, "running_scale": moments.var.sqrt()})
+
+
+@register("l1_batch_norm", aliases=("l1bn", "l1_norm_batch_norm"))
+class L1BatchNorm(DeviationNorm):
+    r"""Batch norm by the mean absolute deviation, which needs no square and no root.
+
+    .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{s_c^2 + \varepsilon}} + \beta_c, \qquad
+              s_c = \sqrt{\tfrac{\pi}{2}}\; \tfrac1n \sum |x - \mu_c|
+
+    The factor makes :math:`s` the standard deviation of a Gaussian; Wu et al. leave it to :math:`\gamma`
+    (``matched=False``), Hoffer et al. write it. Statistics are over samples and positions; evaluation uses the running
+    averages of :math:`\mu` and :math:`s`.
+
+    Args:
+        num_features: number of channels ``C``.
+        matched: include the factor :math:`\sqrt{\pi/2}`.
+        eps: :math:`\varepsilon`, added to the squared scale.
+        affine: learn :math:`\gamma` and :math:`\beta`.
+        momentum: weight of the new value in the running averages; ``None`` is the cumulative average.
+        track_running_stats: keep running averages and use them in evaluation.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: in training, when a channel has a single value.
+
+    Example:
+        >>> norm = L1BatchNorm(1, affine=False, eps=0, matched=False)
+        >>> norm(torch.tensor([[1.0], [2.0], [3.0], [6.0]])).T
+        tensor([[-1.3333, -0.6667,  0.0000,  2.0000]])
+
+    Deviations:
+        :math:`\varepsilon` is added to :math:`s^2` under a root, as in every norm here; the papers add it to
+        :math:`s`. The code of Hoffer et al. averages :math:`1/s` for evaluation, the papers :math:`s`, as here.
+
+    Reference:
+        Wu et al. 2018, L1-Norm Batch Normalization for Efficient Training of Deep Neural Networks, arXiv 1802.09769.
+        Hoffer, Banner, Golan and Soudry 2018, Norm matters: efficient and accurate normalization schemes in deep
+        networks, arXiv 1803.01814.
+    """
+
+    paper = Paper(
+        "Wu et al.", 2018, "L1-Norm Batch Normalization for Efficient Training of Deep Neural Networks", "1802.09769"
+    )
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        matched: bool = True,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.factor = math.sqrt(math.pi / 2) if matched else 1.0
+        if not matched:
+            self._shown["matched"] = False
+
+    def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean absolute value."""
+        return self.factor * average(x.abs(), mask)
+
+
+@register("lp_batch_norm", aliases=("lpbn",))
+class LpBatchNorm(DeviationNorm):
+    r"""Batch norm by the mean p-th power of the deviations.
+
+    .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{s_c^2 + \varepsilon}} + \beta_c, \qquad
+              s_c = \Big(\frac{1}{n\,m_p} \sum |x - \mu_c|^p\Big)^{1/p}, \quad
+              m_p = \frac{2^{p/2}}{\sqrt\pi}\, \Gamma\!\Big(\frac{p+1}{2}\Big)
+
+    :math:`m_p`, the p-th absolute moment of a standard Gaussian, makes :math:`s` its standard deviation; so ``p=2`` is
+    batch norm and ``p=1`` is ``l1_batch_norm``. For :math:`p = \infty` see ``top_k_batch_norm``.
+
+    Args:
+        num_features: number of channels ``C``.
+        p: the power, at least 1.
+        eps: :math:`\varepsilon`, added to the squared scale.
+        affine: learn :math:`\gamma` and :math:`\beta`.
+        momentum: weight of the new value in the running averages; ``None`` is the cumulative average.
+        track_running_stats: keep running averages and use them in evaluation.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: for ``p`` below 1 or infinite; in training, when a channel has a single value.
+
+    Example:
+        >>> LpBatchNorm(8, p=4)(torch.randn(4, 8, 5)).shape
+        torch.Size([4, 8, 5])
+
+    Deviations:
+        The paper gives no :math:`\varepsilon`; its code adds one to the mean p-th power, has no :math:`m_p` for
+        ``p`` other than 1 and 2, and averages :math:`1/s` for evaluation; here the average is of :math:`s`.
+
+    Reference:
+        Hoffer, Banner, Golan and Soudry 2018, Norm matters: efficient and accurate normalization schemes in deep
+        networks, arXiv 1803.01814.
+    """
+
+    paper = Paper(
+        "Hoffer et al.", 2018, "Norm matters: efficient and accurate normalization schemes in deep networks",
+        "1803.01814",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        p: float = 3.0,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 1 <= p < math.inf:
+            raise OptionError(
+                f"lp_batch_norm with p={p!r}; expected a number from 1 (top_k_batch_norm for infinity)"
+            )
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.p = p
+        self.factor = (2 ** (p / 2) * math.gamma((p + 1) / 2) / math.sqrt(math.pi)) ** (-1 / p)
+        self._shown = {"p": p} | self._shown
+
+    def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The root of the mean p-th power, in units of the largest deviation: no power over- or underflows."""
+        if not x.numel():
+            return average(x, mask)
+        largest = x.detach().abs().amax(BATCH, keepdim=True)
+        varies = largest > 0
+        ratio = (x / torch.where(varies, largest, 1)).abs()
+        some = ratio > 0  # a power of zero has no second derivative
+        power = average(torch.where(some, torch.where(some, ratio, 1) ** self.p, 0), mask)
+        return self.factor * largest * torch.where(varies, power, 1) ** (1 / self.p)
+
+
+@register("top_k_batch_norm", aliases=("topk_batch_norm", "linf_batch_norm"))
+class TopKBatchNorm(DeviationNorm):
+    r"""Batch norm by the mean of the k largest deviations, a robust maximum.
+
+    .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{s_c^2 + \varepsilon}} + \beta_c, \qquad
+              s_c = \frac{1 + \sqrt{\pi \ln 4}}{\sqrt{8 \ln n}}\; \tfrac1k \sum_{i \le k} |x - \mu_c|_{(i)}
+
+    with the :math:`n` values of a channel in a batch ordered by their deviation. The factor brings the expected
+    maximum of :math:`n` Gaussian values to their standard deviation; ``k=1`` is the paper's :math:`L_\infty` batch
+    norm, ``k=10`` its Top(10).
+
+    Args:
+        num_features: number of channels ``C``.
+        k: how many of the largest deviations are averaged; all, where a channel has fewer values.
+        eps: :math:`\varepsilon`, added to the squared scale.
+        affine: learn :math:`\gamma` and :math:`\beta`.
+        momentum: weight of the new value in the running averages; ``None`` is the cumulative average.
+        track_running_stats: keep running averages and use them in evaluation.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        OptionError: when ``k`` is not positive.
+        NormzooError: in training, when a channel has a single value.
+
+    Example:
+        >>> TopKBatchNorm(8, k=4)(torch.randn(4, 8, 5)).shape
+        torch.Size([4, 8, 5])
+
+    Deviations:
+        :math:`\varepsilon` is added to :math:`s^2` under a root; the authors' code adds it to :math:`s`, and averages
+        :math:`1/s` for evaluation; here the average is of :math:`s`.
+
+    Reference:
+        Hoffer, Banner, Golan and Soudry 2018, Norm matters: efficient and accurate normalization schemes in deep
+        networks, arXiv 1803.01814.
+    """
+
+    paper = LpBatchNorm.paper
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        k: int = 10,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not isinstance(k, int) or k < 1:
+            raise OptionError(f"top_k_batch_norm with k={k!r}; expected a positive number of deviations")
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.k = k
+        self._shown = {"k": k} | self._shown
+
+    def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean of the largest absolute values, times the factor for their number."""
+        values = x.abs().transpose(0, 1).flatten(1)
+        largest = values.topk(min(self.k, values.shape[1]), dim=1, sorted=False).values.sum(1)
+        count = torch.as_tensor(number(x, mask), dtype=x.dtype, device=x.device).flatten()
+        factor = (1 + math.sqrt(math.pi * math.log(4))) / torch.sqrt(8 * torch.log(count.clamp(min=2)))
+        return column(factor * largest / count.clamp(1, self.k))
+
+
+# ---- over channel groups ---------------------------------------------------------------------------------------------
+
+
+@register("batch_group_norm", aliases=("bgn",))
+class BatchGroupNorm(MomentNorm):
+    r"""Batch norm whose statistics are shared by groups of channels.
+
+    .. math:: y = \gamma_c \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \varepsilon}} + \beta_c, \qquad
+              \mu_g, \sigma_g^2 \text{ over samples, positions and the channels of group } g
+
+    Few groups for small batches, many for large ones: a group for each channel is ``batch_norm``.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        OptionError: when the groups do not divide the channels.
+        NormzooError: in training, for groups of a single value.
+
+    Example:
+        >>> BatchGroupNorm(64, groups=8)(torch.randn(2, 64, 5, 5)).shape
+        torch.Size([2, 64, 5, 5])
+
+    Deviations:
+        The paper cuts the flattened channels and positions into groups; here groups are whole channels, which is the
+        same wherever the number of groups divides that of the channels, and allows maps of any size. It tunes the
+        number of groups; ``"auto"`` is that of ``group_norm``.
+
+    Reference:
+        Zhou, Sun, Ye, Lan, Luo, Lai, Esperanca, Yang and Li 2020, Batch Group Normalization, arXiv 2012.02782.
+    """
+
+    moments = "b (g c) s -> g"
+    paper = Paper("Zhou et al.", 2020, "Batch Group Normalization", "2012.02782")
+
+
+# ---- frozen ----------------------------------------------------------------------------------------------------------
+
+
+@register("frozen_batch_norm", aliases=("frozen_bn",))
+class FrozenBatchNorm(MomentNorm):
+    r"""Batch norm that has stopped: an affine map of stored numbers, in training too; nothing learns.
+
+    .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma_c^2 + \varepsilon}} + \beta_c
+
+    All four are buffers, under the names of batch norm, so that its state dict loads; until one is loaded this is
+    the identity up to :math:`\varepsilon`.
+
+    Args:
+        num_features: number of channels ``C``.
+        eps: :math:`\varepsilon`, added to the variance.
+        affine: have :math:`\gamma` and :math:`\beta`.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the buffers live.
+        dtype: their dtype, float32 at least.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Example:
+        >>> from normzoo import create
+        >>> trained, frozen = create("batch_norm", 8), FrozenBatchNorm(8)
+        >>> _ = trained(torch.randn(4, 8, 5))
+        >>> frozen.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+        >>> x = torch.randn(2, 8, 5)
+        >>> torch.allclose(frozen(x), trained.eval()(x))
+        True
+
+    Reference:
+        Common practice in fine-tuning detectors on batches of one or two images: He, Zhang, Ren and Sun 2015, Deep
+        Residual Learning for Image Recognition, arXiv 1512.03385, appendix A.
+    """
+
+    moments = "b c s -> c"
+    paper = Paper("He et al.", 2015, "Deep Residual Learning for Image Recognition", "1512.03385")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=False, momentum=0.0, channel_dim=channel_dim, device=device, dtype=dtype
+        )
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        del self.weight, self.bias  # parameters of another norm, buffers here
+        self.register_buffer("weight", self.running_var.clone() if affine else None)
+        self.register_buffer("bias", self.running_mean.clone() if affine else None)
+        self._shown = {"eps": self.eps} | ({} if affine else {"affine": False})
+
+    @property
+    def synchronizable(self) -> bool:
+        """There is nothing to share."""
+        return False
+
+    @property
+    def traits(self) -> Traits:
+        """A fixed map of each value."""
+        return Traits(batch_dependent=False, causal=True, causal_in_training=True)
+
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Standardise by the stored statistics, whatever the mode."""
+        return self.standardize(x, mask, channels_last, given=self.population())[0]
+
+    def reset_running_stats(self) -> None:
+        """Refuse: frozen statistics are not forgotten."""
+        raise NormzooError("frozen_batch_norm keeps its statistics; use batch_norm to gather new ones")

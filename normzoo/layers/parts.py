@@ -1,0 +1,134 @@
+"""What several norms share beyond the contract: moments with a mask, parameters inside the formula, safe roots."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from normzoo import ops
+from normzoo.errors import NormzooError
+from normzoo.layers.base import FormulaNorm, MomentNorm, Traits, world_size
+from normzoo.ops import Moments
+from normzoo.ops.sync import merge
+
+PER_POSITION = Traits(batch_dependent=False, causal=True, causal_in_training=True)
+"""Each position by itself, nothing invariant."""
+
+PER_POSITION_SCALED = Traits(batch_dependent=False, causal=True, causal_in_training=True, scale_invariant=True)
+"""Each position by itself, divided by its size."""
+
+
+def number(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor | float:
+    """How many real elements ``(b, c, s)`` has along ``dims``, as a float, or a tensor where a mask decides."""
+    if mask is not None:
+        return mask.expand_as(x).to(x.dtype).sum(dims, keepdim=True)
+    count = 1
+    for dim in dims:
+        count *= x.shape[dim]
+    return float(count)
+
+
+def at_least_one(count: Tensor | float) -> Tensor | float:
+    """A count to divide by."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+
+
+def mean(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+    """Mean of the real elements along ``dims``; masked ones must be zero already, as in a formula they are."""
+    return x.sum(dims, keepdim=True) / at_least_one(number(x, mask, dims))
+
+
+def moments(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the real elements along ``dims``, in two passes.
+
+    >>> mu, var = moments(torch.tensor([[[1.0, 3.0, 0.0]]]), torch.tensor([[[True, True, False]]]), (2,))
+    >>> mu.item(), var.item()
+    (2.0, 1.0)
+    """
+    mu = mean(x, mask, dims)
+    deviation = x - mu if mask is None else torch.where(mask, x - mu, 0)
+    return mu, mean(deviation.square(), mask, dims)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose gradient at zero is zero instead of infinite."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+
+
+def column(parameter: Tensor) -> Tensor:
+    """A parameter for each channel, as it meets ``(b, c, s)``: in float32 at least."""
+    return wide(parameter).view(-1, 1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float32 in place of half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class WholeFormulaNorm(FormulaNorm):
+    """A formula norm whose formula holds its parameters too, for a gain and shift that are not last and plain."""
+
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Bring the input to the formula and its result back."""
+        z = x.mT if channels_last else x
+        mask = None if mask is None else mask.unsqueeze(1)
+        z = z if mask is None else torch.where(mask, z, 0)
+        with torch.autocast(x.device.type, enabled=False):
+            z = self.formula(wide(z), mask)
+        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
+        return z.mT if channels_last else z
+
+
+class BatchFormulaNorm(MomentNorm):
+    r"""A norm that mixes batch statistics with something else, written as a formula.
+
+    The moments of the batch, :math:`\mu_c` and :math:`\sigma_c^2` (biased), come as differentiable tensors of shape
+    ``(1, c, 1)``, synchronised and counted into the running averages; in evaluation the running averages come in
+    their place. Gain and shift for each channel follow the formula.
+    """
+
+    moments = "b c s -> c"
+
+    @abstractmethod
+    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+        """The norm without its affine part: ``x`` is ``(b, c, s)``, ``mask`` is ``(b, 1, s)`` or ``None``."""
+
+    def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
+        """Refuse a batch with a single value for each channel, whose variance is zero whatever the input."""
+        if mask is None and not self.sync and x.numel() == self.num_features:
+            raise NormzooError(
+                f"{type(self).__name__} got one value per channel, from a batch of one sample with one position: the "
+                "variance of the batch is zero whatever the input. Use larger batches or feature maps (drop_last=True "
+                "for a last batch of one), or a norm without batch statistics (layer_norm, group_norm)"
+            )
+
+    def batch_moments(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The moments of the batch, counted into the running averages in training; else these averages."""
+        if self.track_running_stats and not self.training:
+            population = self.population()
+            return population.mean.view(1, -1, 1), population.var.view(1, -1, 1)
+        count = number(x, mask, (0, 2))
+        mu, var = moments(x, mask, (0, 2))
+        if isinstance(count, Tensor):
+            count = count.expand_as(mu)
+        if self.sync and self.training and world_size(self.process_group) > 1:
+            mu, var, count = merge(mu, var, count, self.process_group)
+        seen = count.detach().flatten() if isinstance(count, Tensor) else torch.full_like(var[0, :, 0], count)
+        self.update(Moments(mu.detach().flatten(), var.detach().flatten(), seen))
+        return mu, var
+
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Bring the input and the moments to the formula, and its result back."""
+        if self.training or not self.track_running_stats:
+            self.check_count(x, mask, channels_last)
+        z = x.mT if channels_last else x
+        mask = None if mask is None else mask.unsqueeze(1)
+        z = z if mask is None else torch.where(mask, z, 0)
+        with torch.autocast(x.device.type, enabled=False):
+            z = wide(z)
+            z = self.formula(z, mask, *self.batch_moments(z, mask))
+            z = ops.affine(z, self.weight, self.bias, channels_last=False)
+        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
+        return z.mT if channels_last else z

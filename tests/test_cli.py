@@ -1,0 +1,145 @@
+"""The command line as a user types it: what it prints, how it exits, what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from normzoo import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def normzoo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    command = [sys.executable, "-m", "normzoo.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240, check=False)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """The same in this process: exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, normzoo.cli\n"
+        "try: normzoo.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'pytorch_lightning', 'wandb', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("list", "show", "run", "report", "status", "sync"):
+        assert verb in done.stdout
+
+
+def test_list(capsys):
+    code, out, _ = call(capsys, "list", "*batch*")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines()[1:]}
+    assert "b c s -> c" in rows["batch_norm"]
+    assert "Ioffe & Szegedy" in rows["batch_norm"]
+    assert "layer_norm" not in rows
+
+
+def test_show(capsys):
+    code, out, _ = call(capsys, "show", "GroupNorm")
+    assert code == 0
+    parts = ["group_norm (gn)", "b (g c) s -> b g", "channel 3   B B B      D D D", "causal", "1803.08494", "sample.py"]
+    for part in [*parts, "groups='auto'", r"\sqrt"]:
+        assert part in out, part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "bach_norm"], "did you mean 'batch_norm'"),
+        (["list", "zz*"], "no norm matches"),
+        (["run"], "experiments/quickstart.py"),
+        (["run", "no_such_study.py"], "no_such_study.py"),
+        (["run", "--norms", "bach_norm", "--models", "cnn"], "did you mean 'batch_norm'"),
+        (["run", "--norms", "group_norm(group=4)", "--models", "cnn"], "did you mean 'groups'"),
+        (["run", "--norms", "batch_norm", "--models", "cn"], "did you mean 'cnn'"),
+        (["run", "--norms", "batch_norm", "--models", "cnn", "--data", "digit"], "did you mean 'digits'"),
+        (["run", "--norms", "batch_norm", "--models", "cnn", "--set", "epoch=1"], "did you mean 'epochs'"),
+        (["run", "--norms", "batch_norm", "--models", "cnn", "--set", "epochs"], "setting=value"),
+        (["run", "--norms", "batch_norm", "--models", "cnn", "--seeds", "0"], "at least one seed"),
+        (["run", "study.py", "--seeds", "3"], "--seeds goes with"),
+        (["run", "--norms", "instance_norm", "--data", "text", "--models", "transformer"], "predicts the next symbol"),
+        (["report", "nowhere"], "nowhere"),
+        (["status", "nowhere"], "nowhere"),
+        (["sync", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_answered_in_one_message(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = call(capsys, *arguments)
+    assert code == 2
+    assert message in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("result.json"))
+
+
+@pytest.mark.parametrize(("typed", "meant"), [(["lst"], "list"), (["run", "--nroms", "a"], "--norms")])
+def test_mistyped_verbs_and_options(capsys, typed, meant):
+    code, out, errors = call(capsys, *typed)
+    assert code == 2
+    assert meant in out + errors
+
+
+def test_a_study_file_that_raises_names_the_line(capsys, tmp_path):
+    study = tmp_path / "broken.py"
+    study.write_text("import normzoo as nz\n\nnz.no_such_thing\n")
+    code, _, errors = call(capsys, "run", str(study))
+    assert code == 2
+    assert "no_such_thing" in errors
+    assert "line 3" in errors
+
+
+def test_a_norm_of_ones_own_from_start_to_report(tmp_path):
+    (tmp_path / "my_norms.py").write_text(
+        textwrap.dedent("""
+            import torch
+            from torch import nn
+
+            class PeakNorm(nn.Module):
+                def __init__(self, num_features):
+                    super().__init__()
+                    self.weight = nn.Parameter(torch.ones(num_features))
+
+                def forward(self, x):
+                    y = x / (x.abs().amax(1, keepdim=True) + 1e-5)
+                    return y * self.weight.view(1, -1, *[1] * (x.ndim - 2))
+        """)
+    )
+    norms = ("--norms", "batch_norm", "my_norms.py:PeakNorm")
+    command = ("run", *norms, "--models", "mlp", "--seeds", "2", "--set", "epochs=1", "--no-wandb")
+    dry = normzoo(*command, "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert len(dry.stdout.splitlines()) == 4
+    assert not (tmp_path / "runs").exists()
+
+    done = normzoo(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PeakNorm" in done.stdout
+    folder = tmp_path / "runs" / "command-line"
+    assert f"report: {folder / 'report' / 'report.md'}" in done.stdout
+    assert (folder / "report" / "results.csv").is_file()
+    rows = [json.loads(path.read_text()) for path in folder.glob("cells/*/result.json")]
+    assert [row["status"] for row in rows] == ["done"] * 4
+
+    again = normzoo(*command, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "0 of 4 cells to run" in again.stdout
+    status = normzoo("status", str(folder))
+    assert "4 done" in status.stdout

@@ -1,0 +1,70 @@
+"""The README is true: its code runs, its table is the registry's, its commands exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normzoo import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_table_is_the_registrys():
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "docs" / "readme.py"), "--check"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_runs(tmp_path):
+    """Every block that names a file is written to it; the others run, one after the other, in its folder."""
+    assert blocks("python")
+    script = ""
+    for block in blocks("python"):
+        named = re.match(r"# (\S+\.py)\n", block)
+        if named:
+            (tmp_path / named[1]).write_text(block)
+        script += block
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\$ normzoo (.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE))
+def test_the_commands_exist(command, capsys):
+    verb = shlex.split(command)[0]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in out, option
+
+
+def test_the_files_it_links_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
+    assert links
+    for link in links:
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_quickstart_is_what_the_readme_says():
+    path = REPOSITORY / "experiments" / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert len(module.study.cells()) == 150
