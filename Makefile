@@ -8,11 +8,13 @@ RUNS ?= runs
 WORKERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format readme clean
+.PHONY: help demo test check-all docs lint format readme clean
 
 help:
 	@echo "make demo     install, compare norms on a CNN, an RNN and a Transformer, print and write the report"
 	@echo "make test     install, then lint, types, import rules and tests"
+	@echo "make check-all  run every check on every norm and keep the results for the documentation"
+	@echo "make docs     build the documentation: docs/_build/html/index.html"
 	@echo "make readme   write the README's table of norms from the registry"
 	@echo "make format   let ruff format the code and mend what it can"
 	@echo "make clean    remove the environment and caches (results in $(RUNS)/ are kept)"
@@ -44,6 +46,17 @@ lint: $(VENV)/.installed-dev
 
 test: lint
 	$(BIN)/pytest --numprocesses auto
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
+check-all: $(VENV)/.installed-dev
+	$(BIN)/python docs/check_all.py
 
 readme: $(VENV)/.installed
 	$(BIN)/python docs/readme.py

@@ -115,6 +115,32 @@ def describe(info: NormInfo) -> str:
 
 
 @app.command
+def check(
+    norm: str,
+    *,
+    only: Annotated[str | None, Parameter(name=["-k", "--only"])] = None,
+    fail_fast: Annotated[bool, Parameter(name=["-x", "--fail-fast"], negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Check that a norm is right: shapes, precision, masks, state, invariances, compilation and more.
+
+    Parameters
+    ----------
+    norm:
+        A registered name, with options if need be, 'module:Name' or 'path/file.py:Name'.
+    only:
+        Checks whose name or group matches, as in 'half or mask'.
+    fail_fast:
+        Stop at the first failure.
+    json:
+        Print the results as JSON.
+    """
+    from normzoo.checks import run_check_command
+
+    return run_check_command(norm, only, fail_fast, json)
+
+
+@app.command
 def run(
     study: Path | None = None,
     *,
@@ -165,7 +191,7 @@ def run(
     wandb:
         Mirror the runs to Weights & Biases: online when you are logged in, offline otherwise.
     """
-    from normzoo.study import load_study_file
+    from normzoo.study import load_study_file, runner
 
     made = {
         "--norms": norms,
@@ -175,6 +201,8 @@ def run(
         "--baseline": baseline,
         "--name": name,
     }
+    if not (dry_run or in_process):
+        runner.warm_up()  # Lightning loads while the study is read
     if study is not None:
         if given := [option for option, value in made.items() if value is not None]:
             raise NormzooError(

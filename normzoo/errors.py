@@ -23,9 +23,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> NormzooError:
-    """An error for a name that nobody registered: the closest ones, or all of them when none is close."""
+    """An error for a name that nobody registered: the closest ones, or the known ones when none is close."""
     known = sorted(known)
-    hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+    few = ", ".join(known) if len(known) <= 20 else f"{', '.join(known[:20])}, … ({len(known)} in all)"
+    hint = did_you_mean(name, known) or f"; known: {few}"
     return NormzooError(f"unknown {kind} {name!r}{hint}")
 
 

@@ -185,7 +185,8 @@ def load_file(path: str | Path) -> ModuleType:
     path = Path(path).expanduser().resolve()
     if path not in _files:
         for module in list(sys.modules.values()):  # the script that runs, or a module imported by name
-            if getattr(module, "__file__", None) and Path(str(module.__file__)).resolve() == path:
+            file = getattr(module, "__file__", None) or ""
+            if file.endswith(path.name) and Path(file).resolve() == path:  # resolving thousands of files is slow
                 _files[path] = module
                 return module
         if not path.is_file():
@@ -432,7 +433,7 @@ def info(name: str) -> NormInfo:
         name=canonical_name,
         norm=norm,
         aliases=tuple(sorted(a for a, n in _names.items() if n == canonical_name and a != _fold(canonical_name))),
-        family=norm.__module__.rpartition(".")[2],
+        family=norm.__module__.rpartition(".")[2].partition("_")[0],  # long families have several files
         contrib=canonical_name in _contrib,
         summary=doc.split("\n\n")[0].replace("\n", " "),
         formula=_formula(doc),

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Folder:
         metric: str = "accuracy",
         mode: str = "max",
         label: str | None = None,
-        curve: list[float | None] | None = None,
+        curve: Sequence[float | None] | None = None,
         error: dict[str, Any] | None = None,
         metrics: dict[str, Any] | None = None,
         **row: Any,
@@ -230,7 +231,7 @@ def test_coverage_with_three_seeds_is_what_the_report_says() -> None:
 
 def test_smallest_p_is_that_of_scipys_permutation_test() -> None:
     d = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
-    found = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    found = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=1000)
     assert smallest_p(5) == pytest.approx(found.pvalue)
 
 
@@ -483,7 +484,7 @@ def test_norms_of_one_label_are_told_apart(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.cell("/a/one.py:PeakNorm", 0, 0.8, label="PeakNorm")
     folder.cell("/b/two.py:PeakNorm", 0, 0.9, label="PeakNorm")
-    assert load_frame(folder.write())["label"].nunique() == 2
+    assert len(set(load(folder.write()).labels)) == 2
 
 
 def test_baseline_may_be_named_by_its_label(tmp_path: Path) -> None:
@@ -690,6 +691,7 @@ def test_numbers_keep_the_digits_that_matter() -> None:
     assert Numbers.fitting([1e-6, 3e-6], [1e-7]).value(1.234e-6) == "1.23e-06"
     assert Numbers.fitting([0.9], [0.0]).value(-0.00001) == "0.000"
     assert Numbers.fitting([], []).value(math.nan) == "–"
+    assert Numbers(3).value(6.07e16) == "6.07e+16"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -700,7 +702,7 @@ def test_figures_are_not_blank_and_differ(report: Path) -> None:
     images = {path.name: imread(path)[..., :3] for path in folder.glob("*.png")}
     assert len(images) == 4
     for name, image in images.items():
-        ink = (image < 0.9).any(axis=-1)
+        ink = np.any(image < 0.9, axis=-1)
         assert 0.01 < ink.mean() < 0.5, name
         colors = {tuple(color) for color in (image[ink] * 8).astype(int)}
         assert len(colors) > 20, name
@@ -727,7 +729,7 @@ def test_many_norms_long_names_outliers_and_foreign_scripts(tmp_path: Path) -> N
                 curve=[0.1, 0.5, None if i == 7 else value],
             )
     path = make_report(folder.write()).parent / "figures/curves-digits-cnn.png"
-    ink = (imread(path)[..., :3] < 0.9).any(axis=-1)
+    ink = np.any(imread(path)[..., :3] < 0.9, axis=-1)
     assert not ink[:, :2].any()
     assert not ink[:, -2:].any()
 

@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 import normzoo as nz
 from normzoo.layers.base import MomentNorm, Norm
+from normzoo.layers.batch_domain import use_domain
+from normzoo.layers.batch_memory import capture_reference
 
-HOMES = ("batch_moments",)
+HOMES = ("batch_calibrated", "batch_domain", "batch_memory", "batch_moments", "batch_stream")
 FAMILY = [name for name in nz.list_norms() if nz.info(name).family in HOMES]
 LEARNS = [name for name in FAMILY if name != "frozen_batch_norm"]
 TIGHT = {"rtol": 0, "atol": 1e-10}
@@ -94,8 +96,8 @@ def test_padding_is_not_there(name, padding):
         x = dirty.clone().requires_grad_()
         y = norm(x, mask)
         assert (y[~mask] == 0).all()
-        grads = torch.autograd.grad(y.sin().sum(), [x, *norm.parameters()])
-        assert all(g.isfinite().all() for g in grads)
+        grads = torch.autograd.grad(y.sin().sum(), [x, *norm.parameters()], allow_unused=True)
+        assert all(g.isfinite().all() for g in grads if g is not None)
         assert (grads[0][~mask] == 0).all()
         torch.testing.assert_close(twin(torch.where(mask[..., None], clean, 7.0), mask), y, **TIGHT)
         full = torch.ones(4, 7, dtype=torch.bool)
@@ -104,7 +106,10 @@ def test_padding_is_not_there(name, padding):
         assert buffer.isfinite().all()
 
 
-SAMPLE_STATISTICS: set[str] = set()
+SAMPLE_STATISTICS = {  # or the order of the samples, or their number: not one row of positions
+    "representative_batch_norm", "instance_enhancement_batch_norm", "batch_channel_norm", "split_batch_norm",
+    "momentum_batch_norm", "virtual_batch_norm", "online_norm",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILY if n not in SAMPLE_STATISTICS])
@@ -210,7 +215,7 @@ def test_checkpointing_counts_once_and_holding_not_at_all(name, reentrant):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_traits_are_true(name):
-    norm = make(name)
+    norm, fresh = make(name), make(name)
     norm(data(seed=3))
     traits = norm.traits
     x, rest = data(4, 8, 6), data(4, 8, 6, seed=5)
@@ -220,7 +225,8 @@ def test_traits_are_true(name):
         assert torch.allclose(y, z, rtol=0, atol=1e-12) == promised
     for training, promised in ((True, not traits.batch_dependent), (False, True)):
         changed = torch.cat([x[:1], rest[1:]])
-        y, z = (copy.deepcopy(norm).train(training)(v)[:1] for v in (x, changed))
+        start = fresh if name == "virtual_batch_norm" else norm  # its samples meet in the first batch only
+        y, z = (copy.deepcopy(start).train(training)(v)[:1] for v in (x, changed))
         assert torch.allclose(y, z, rtol=0, atol=1e-12) == promised
     y, shifted, scaled = (copy.deepcopy(norm)(v) for v in (x, x + 5, 1e6 * x))
     if traits.shift_invariant:
@@ -440,6 +446,318 @@ def test_frozen():
     torch.testing.assert_close(plain(data()), data(), **TIGHT)
     with pytest.raises(nz.NormzooError, match="keeps its statistics"):
         frozen.reset_running_stats()
+
+
+# ---- beside and after batch norm -------------------------------------------------------------------------------------
+
+
+def test_rep():
+    norm, plain = make("rep_batch_norm"), make("batch_norm")
+    for training in (True, False):
+        norm.train(training), plain.train(training)
+        same(norm, lambda x: plain(x) + norm.eta * x, data())
+    # lemma 4.1 of the paper: one affine map
+    spread = (norm.running_var + norm.eps).sqrt()
+    with torch.no_grad():
+        plain.weight += norm.eta * spread
+        plain.bias += norm.eta * norm.running_mean
+    same(norm, plain, data(seed=3))
+    assert nz.create("rep_batch_norm", 4).eta.tolist() == [1.0]
+    assert nz.parameter_roles(norm)["eta"] == "gain"
+
+
+def test_representative():
+    norm = make("representative_batch_norm")
+    standard = make("batch_norm", affine=False)
+
+    def formula(x):
+        centred = x + wide(norm.center_weight, x) * x.mean((2, 3), keepdim=True)
+        y = standard(centred)
+        gate = torch.sigmoid(wide(norm.scale_weight, x) * y.mean((2, 3), keepdim=True) + wide(norm.scale_bias, x))
+        return wide(norm.weight, x) * gate * y + wide(norm.bias, x)
+
+    for training in (True, False):
+        norm.train(training), standard.train(training)
+        same(norm, formula, data())
+    fresh = nz.create("representative_batch_norm", 8, dtype=torch.float64)
+    plain = nz.create("batch_norm", 8, dtype=torch.float64)
+    same(fresh, lambda x: plain(x) / (1 + math.exp(-1)), data())
+
+
+def test_instance_enhancement():
+    norm, standard = make("instance_enhancement_batch_norm"), make("batch_norm", affine=False)
+
+    def formula(x):
+        gate = torch.sigmoid(wide(norm.gate_weight, x) * x.mean((2, 3), keepdim=True) + wide(norm.gate_bias, x))
+        return wide(norm.weight, x) * gate * standard(x) + wide(norm.bias, x)
+
+    for training in (True, False):
+        norm.train(training), standard.train(training)
+        same(norm, formula, data())
+    fresh = nz.create("instance_enhancement_batch_norm", 8, dtype=torch.float64)
+    plain = nz.create("batch_norm", 8, dtype=torch.float64)
+    same(fresh, lambda x: plain(x) / (1 + math.e), data())
+
+
+@pytest.mark.parametrize("name", ["representative_batch_norm", "instance_enhancement_batch_norm", "batch_channel_norm"])
+def test_a_padded_sample_counts_only_its_real_positions(name):
+    x = data(2, 8, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 4:] = False  # the same for all samples: cropping is the truth
+    norm, alone = make(name), make(name)
+    torch.testing.assert_close(norm(x, mask)[..., :4], alone(x[..., :4]), **TIGHT)
+    norm.eval(), alone.eval()
+    torch.testing.assert_close(norm(x, mask)[..., :4], alone(x[..., :4]), **TIGHT)
+
+
+def test_batch_channel():
+    norm, batch, group = make("batch_channel_norm", groups=2), make("batch_norm"), make("group_norm", groups=2)
+    with torch.no_grad():
+        batch.weight.copy_(norm.weight)
+        batch.bias.copy_(norm.bias)
+        group.weight.copy_(norm.group_weight.repeat_interleave(4))
+        group.bias.copy_(norm.group_bias.repeat_interleave(4))
+    for training in (True, False):
+        norm.train(training), batch.train(training)
+        same(norm, lambda x: group(batch(x)), data())
+    assert norm.group_weight.shape == (2,)
+
+
+def test_batch_channel_estimates():
+    """The authors' EstBN, written out: the batch moves the running statistics, which then standardise it."""
+    norm = nz.create("batch_channel_norm(groups=2, estimate=True, momentum=0.3)", 8, dtype=torch.float64)
+    group = nz.create("group_norm(groups=2, affine=False)", 8, dtype=torch.float64)
+    mean, var = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    for seed in range(3):
+        x = data(2, 8, 3, 3, seed=seed)
+        old = mean
+        mean = 0.7 * mean + 0.3 * per_channel(x).mean(1)
+        var = 0.7 * var + 0.3 * (per_channel(x) - old[:, None]).square().mean(1)
+        m, v = mean, var
+        same(copy.deepcopy(norm), lambda x, m=m, v=v: group((x - wide(m, x)) / (wide(v, x) + 1e-5).sqrt()), x)
+        norm(x)
+    torch.testing.assert_close(norm.running_mean, mean, **TIGHT)
+    torch.testing.assert_close(norm.running_var, var, **TIGHT)
+    assert norm(data(1, 8)).isfinite().all()
+
+
+# ---- samples of several kinds ----------------------------------------------------------------------------------------
+
+
+def test_domains_are_batch_norms_of_their_own():
+    norm = make("domain_batch_norm", num_domains=3)
+    twins = [copy.deepcopy(twin) for twin in norm.domains]
+    for domain in (0, 2, 2, 1, 0):
+        with use_domain(nn.Sequential(norm), domain):
+            same(norm, twins[domain], data(seed=domain))
+    assert norm.domain == 0
+    norm.eval(), twins[1].eval()
+    norm.domain = 1
+    same(norm, twins[1], data(seed=4))
+
+
+def test_domains_may_share_a_batch():
+    norm, apart = make("domain_batch_norm"), make("domain_batch_norm")
+    domains = torch.tensor([0, 1, 1, 0, 1, 1])
+    x = data()
+    for training in (True, False):
+        norm.train(training), apart.train(training)
+        with use_domain(norm, domains):
+            y = norm(x)
+            mask = torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(0)) > 0.3
+            assert (norm.eval()(x, mask).movedim(1, -1)[~mask] == 0).all()
+            norm.train(training)
+        for domain in (0, 1):
+            with use_domain(apart, domain):
+                torch.testing.assert_close(y[domains == domain], apart(x[domains == domain]), **TIGHT)
+    for key, buffer in norm.named_buffers():
+        torch.testing.assert_close(apart.get_buffer(key), buffer, **TIGHT)
+
+
+def test_wrong_domains_are_refused():
+    norm = make("domain_batch_norm")
+    for domain in (2, -1, "photo", True, torch.zeros(2, 2, dtype=torch.long), torch.zeros(2)):
+        with pytest.raises(nz.NormzooError, match="domain"):
+            norm.domain = domain
+    norm.domain = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(nz.NormzooError, match="4 domains for a batch of 6"):
+        norm(data())
+    with pytest.raises(TypeError, match="num_domains"):
+        nz.create("domain_batch_norm", 4, num_domains=0)
+
+
+@pytest.mark.parametrize("batch", [4, 6, 7])
+def test_split(batch):
+    norm = make("split_batch_norm", splits=3 if batch == 6 else 2)
+    twins = [make("batch_norm") for _ in range(norm.splits)]
+    for twin, owner in zip(twins, [norm, *norm.auxiliary], strict=True):
+        twin.load_state_dict({k: v for k, v in owner.state_dict().items() if "auxiliary" not in k})
+    x = data(batch, 8, 5)
+
+    def formula(x):
+        return torch.cat([twin(part) for twin, part in zip(twins, x.tensor_split(norm.splits), strict=True)])
+
+    same(norm, formula, x)
+    norm.eval(), twins[0].eval()
+    same(norm, twins[0], x)
+    for twin, owner in zip(twins, [norm, *norm.auxiliary], strict=True):
+        torch.testing.assert_close(owner.running_var, twin.running_var, **TIGHT)
+    same(make("split_batch_norm", splits=1), make("batch_norm"), x)
+
+
+def test_split_takes_the_state_of_a_batch_norm():
+    norm, trained = make("split_batch_norm"), make("batch_norm")
+    trained(data())
+    assert not norm.load_state_dict(trained.state_dict(), strict=False).unexpected_keys
+    same(norm.eval(), trained.eval(), data(seed=1))
+    assert norm.train()(data(2, 8, 3)).shape == (2, 8, 3)
+    with pytest.raises(TypeError, match="splits"):
+        nz.create("split_batch_norm", 4, splits=0)
+
+
+# ---- more than the batch ---------------------------------------------------------------------------------------------
+
+
+def test_eval_norm():
+    norm, plain = make("eval_norm", sample_weight=0.2), make("batch_norm")
+    for seed in range(3):
+        same(norm, plain, data(seed=seed))
+    norm.eval(), plain.eval()
+
+    def four_things(x):
+        """The authors' code: raw moments of the running statistics and of each example, mixed."""
+        own, own_2 = x.mean((2, 3), keepdim=True), x.square().mean((2, 3), keepdim=True)
+        running, running_2 = wide(norm.running_mean, x), wide(norm.running_var + norm.running_mean**2, x)
+        mean, square = 0.8 * running + 0.2 * own, 0.8 * running_2 + 0.2 * own_2
+        return wide(norm.weight, x) * (x - mean) / (square - mean**2 + 1e-5).sqrt() + wide(norm.bias, x)
+
+    same(norm, four_things, data(seed=5))
+    torch.testing.assert_close(norm(data(seed=5))[:1], norm(data(seed=5)[:1]), **TIGHT)
+    norm.sample_weight = 0
+    same(norm, plain, data(seed=6))
+    norm.sample_weight = 1
+    same(norm, make("instance_norm"), data(seed=6))
+    with pytest.raises(TypeError, match="sample_weight=2"):
+        nz.create("eval_norm", 4, sample_weight=2)
+    assert nz.create("eval_norm(sample_weight=0)", 4).traits.causal
+    assert not nz.create("eval_norm", 4).traits.causal
+
+
+def test_momentum_batch_norm():
+    norm = make("momentum_batch_norm", ideal_batch_size=24, ramp=4, momentum=0.3)
+    mean, var = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    running = mean
+    for step in range(1, 8):
+        memory = 0.25 ** (max(4 - step, 0) / 3) - 0.25  # rho = 6 / 24
+        assert float(norm.memory(6)) == pytest.approx(memory, abs=1e-12)
+        old = mean, var
+
+        def formula(x, old=old, memory=memory):
+            m = memory * old[0] + (1 - memory) * per_channel(x).mean(1)
+            v = memory * old[1] + (1 - memory) * per_channel(x).var(1, correction=0)
+            return wide(norm.weight, x) * (x - wide(m, x)) / wide(v + 1e-5, x).sqrt() + wide(norm.bias, x)
+
+        x = data(seed=step)
+        mean = memory * mean + (1 - memory) * per_channel(x).mean(1)
+        var = memory * var + (1 - memory) * per_channel(x).var(1, correction=0)
+        running = 0.7 * running + 0.3 * per_channel(x).mean(1)
+        same(norm, formula, x)
+    assert memory == 0.75
+    torch.testing.assert_close(norm.running_mean, running, **TIGHT)
+    large, plain = make("momentum_batch_norm", ideal_batch_size=6, ramp=2), make("batch_norm")
+    for seed in range(3):  # a batch that is large enough needs no memory
+        same(large, plain, data(seed=seed))
+    large.eval(), plain.eval()
+    same(large, plain, data(seed=9))
+    with pytest.raises(TypeError, match="ramp=1"):
+        nz.create("momentum_batch_norm", 4, ramp=1)
+
+
+def pooled(batches, weights):
+    """Moments of batches together, through their raw moments."""
+    weights = torch.tensor(weights, dtype=torch.float64)[:, None] / sum(weights)
+    mean = (weights * torch.stack([per_channel(x).mean(1) for x in batches])).sum(0)
+    square = (weights * torch.stack([per_channel(x).square().mean(1) for x in batches])).sum(0)
+    return mean, square - mean**2
+
+
+@pytest.mark.parametrize(("name", "decay"), [("memorized_batch_norm", 0.6), ("cross_iteration_batch_norm", 1.0)])
+def test_recent_batches(name, decay):
+    options = {"window": 3} | ({"decay": decay} if decay < 1 else {})
+    norm, plain = make(name, **options), make("batch_norm")
+    for step in range(6):
+        before = [data(seed=s).detach() for s in reversed(range(max(0, step - 2), step))]
+
+        def formula(x, before=before):
+            mean, var = pooled([x, *before], [decay**i for i in range(len(before) + 1)])
+            return wide(norm.weight, x) * (x - wide(mean, x)) / wide(var + 1e-5, x).sqrt() + wide(norm.bias, x)
+
+        same(norm, formula, data(seed=step))
+        plain(data(seed=step))
+    assert norm.num_batches_tracked == 6
+    norm.eval(), plain.eval()
+    if name == "cross_iteration_batch_norm":
+        same(norm, plain, data(seed=9))
+    else:
+        mean, var = pooled([data(seed=s) for s in (5, 4, 3)], [1, 0.6, 0.36])
+        y = wide(norm.weight, data()) * (data() - wide(mean, data())) / wide(var + 1e-5, data()).sqrt()
+        torch.testing.assert_close(norm(data()), y + wide(norm.bias, data()), **TIGHT)
+    alone, plain = make(name, window=1), make("batch_norm")
+    for seed in range(2):
+        same(alone, plain, data(seed=seed))
+    with pytest.raises(TypeError, match="window=0"):
+        nz.create(name, 4, window=0)
+
+
+def test_the_window_of_equal_batches_is_the_batch_of_all():
+    """Iterations of equal size together are one large batch: what cross-iteration is for, when weights stand still."""
+    norm = make("cross_iteration_batch_norm", window=4)
+    batches = [data(seed=seed) for seed in range(4)]
+    for x in batches:
+        y = norm(x)
+    torch.testing.assert_close(y, make("batch_norm")(torch.cat(batches))[-6:], **TIGHT)
+
+
+def test_cross_iteration_burns_in():
+    norm, plain = make("cross_iteration_batch_norm", window=2, burn_in=2), make("batch_norm")
+    for seed in range(2):
+        same(norm, plain, data(seed=seed))
+    assert not torch.allclose(norm(data(seed=2)), plain(data(seed=2)))
+
+
+def test_memorized_starts_as_the_identity_in_evaluation():
+    norm = nz.create("memorized_batch_norm(affine=False, eps=0)", 8, dtype=torch.float64).eval()
+    torch.testing.assert_close(norm(data()), data(), **TIGHT)
+
+
+def test_virtual_batch_norm():
+    norm, plain = make("virtual_batch_norm"), make("batch_norm")
+    reference = data(12, 8, 4, 5)
+    same(norm, plain, reference)  # the reference is standardised by itself
+    for training in (True, False):
+        norm.train(training)
+
+        def formula(x):
+            """The authors' code: raw moments of reference and sample with coefficient 1 / (R + 1)."""
+            w = 1 / 13
+            mean = w * x.mean((2, 3), keepdim=True) + (1 - w) * reference.mean((0, 2, 3), keepdim=True)
+            square = w * x.square().mean((2, 3), keepdim=True) + (1 - w) * reference.square().mean((0, 2, 3), True)
+            return wide(norm.weight, x) * (x - mean) / (square - mean**2 + 1e-5).sqrt() + wide(norm.bias, x)
+
+        same(norm, formula, data(seed=3))
+        torch.testing.assert_close(norm(data(seed=3))[:1], norm(data(seed=3)[:1]), **TIGHT)
+    norm.train()
+    with capture_reference(nn.Sequential(norm)):
+        norm(data(4, 8, 2, seed=8))
+    assert norm.reference_samples == 4
+    torch.testing.assert_close(norm.reference_mean, per_channel(data(4, 8, 2, seed=8)).mean(1), **TIGHT)
+    assert norm.num_batches_tracked == 2
+    with pytest.raises(nz.NormzooError, match="no virtual_batch_norm"), capture_reference(nn.Linear(2, 2)):
+        pass
+    with pytest.raises(nz.NormzooError, match="one value"), capture_reference(norm):
+        norm(data(1, 8))
+    fresh = nz.create("virtual_batch_norm(affine=False, eps=0)", 8, dtype=torch.float64).eval()
+    torch.testing.assert_close(fresh(data()), data(), **TIGHT)
 
 
 @pytest.mark.parametrize("name", ["mean_only_batch_norm", "variance_norm", "l1_batch_norm", "top_k_batch_norm"])

@@ -13,8 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 import normzoo as nz
 from normzoo.layers.base import Norm
+from normzoo.layers.mixture import sparsemax, sparsestmax
 
-BATCH = ["evonorm_b0", "evonorm_b1", "evonorm_b2"]
+BATCH = [
+    "batch_instance_norm", "evonorm_b0", "evonorm_b1", "evonorm_b2", "ibn", "sparse_switchable_norm(ramp=10)",
+    "switchable_norm",
+]  # fmt: skip
+SEVERAL_POSITIONS = ["ibn"]  # a part of it is instance norm
 
 
 def make(spec: str, channels: int = 16, **options) -> Norm:
@@ -48,6 +53,11 @@ def assert_formula(norm: Norm, formula, x: torch.Tensor | None = None) -> None:
     got, expected = (gradients(f, x, list(norm.parameters())) for f in (norm, formula))
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=0, atol=1e-10)
+
+
+def fresh_of(spec: str, **options):
+    """A function that calls a new norm each time, so that no call knows of another."""
+    return lambda x, *rest: randomize(make(spec, **options))(x, *rest)
 
 
 def column(parameter: torch.Tensor) -> torch.Tensor:
@@ -84,16 +94,155 @@ def test_evonorm_b(name):
     assert_formula(norm, lambda x: formula(x, running))
 
 
+# ---- switchable ------------------------------------------------------------------------------------------------------
+
+
+def three_moments(x, running=None):
+    over = [(2,), (1, 2), (0, 2)]
+    pairs = [(x.mean(d, keepdim=True), x.var(d, unbiased=False, keepdim=True)) for d in over]
+    if running is not None:
+        pairs[2] = running
+    return pairs
+
+
+def mixed(norm, p, q, x, running=None):
+    pairs = three_moments(x, running)
+    mu = sum(share * pair[0] for share, pair in zip(p, pairs, strict=True))
+    var = sum(share * pair[1] for share, pair in zip(q, pairs, strict=True))
+    return (x - mu) / (var + 1e-5).sqrt() * column(norm.weight) + column(norm.bias)
+
+
+def test_switchable_norm():
+    norm = randomize(make("switchable_norm"))
+    formula = lambda x, running=None: mixed(  # noqa: E731
+        norm, norm.mean_weight.softmax(0), norm.var_weight.softmax(0), x, running
+    )
+    mean, var = torch.zeros(16).double(), torch.ones(16).double()
+    for seed in range(3):
+        x = data(seed=seed)
+        assert_formula(norm, formula, x)
+        mean, var = 0.9 * mean + 0.1 * x.mean((0, 2)), 0.9 * var + 0.1 * x.var((0, 2))
+    torch.testing.assert_close(norm.running_mean, mean, rtol=0, atol=1e-10)
+    torch.testing.assert_close(norm.running_var, var, rtol=0, atol=1e-10)
+    norm.eval()
+    assert_formula(norm, lambda x: formula(x, (column(mean), column(var))))
+
+
+@pytest.mark.parametrize("name", ["switchable_norm", "sparse_switchable_norm"])
+@pytest.mark.parametrize(("which", "component"), [(0, "instance_norm"), (1, "layer_norm_joint"), (2, "batch_norm")])
+def test_all_of_the_share_on_one_is_that_one(name, which, component):
+    norm, single = make(name), make(component)
+    with torch.no_grad():
+        for weights in (norm.mean_weight, norm.var_weight):
+            weights.fill_(-1000.0)
+            weights[which] = 1000.0
+    for training in (True, True, False):
+        x = data((4, 16, 3, 5))
+        norm.train(training)
+        single.train(training)
+        expected = gradients(single, x, [single.weight, single.bias])
+        for g, e in zip(gradients(norm, x, [norm.weight, norm.bias]), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=1e-10)
+    if component == "batch_norm":
+        torch.testing.assert_close(norm.running_var, single.running_var, rtol=0, atol=1e-10)
+
+
+def test_sparsestmax_is_the_nearest_point():
+    """Against a search over the simplex, for every radius."""
+    steps = torch.linspace(0, 1, 801, dtype=torch.float64)
+    a, b = torch.meshgrid(steps, steps, indexing="ij")
+    grid = torch.stack([a, b, 1 - a - b], -1)[a + b <= 1]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        z = torch.randn(3, generator=generator, dtype=torch.float64) * 0.7
+        radius = torch.rand((), generator=generator, dtype=torch.float64) * (2 / 3) ** 0.5
+        p = sparsestmax(z, radius)
+        assert p.sum() == pytest.approx(1)
+        assert p.min() >= 0
+        assert (p - 1 / 3).norm() >= radius - 1e-9
+        allowed = grid[(grid - 1 / 3).norm(dim=-1) >= radius]
+        assert (p - z).norm() <= (allowed - z).norm(dim=-1).min() + 1e-9
+
+
+def test_sparsestmax_has_the_gradient_of_sparsemax_where_it_is_far_enough():
+    z = torch.tensor([0.5, 0.3, -0.1], dtype=torch.float64, requires_grad=True)
+    for radius in (0.0, 0.4, 0.75, 0.8165):
+        assert gradcheck(lambda z, radius=radius: sparsestmax(z, torch.tensor(radius, dtype=torch.float64)), z)
+    assert torch.equal(sparsestmax(z, torch.zeros(()).double()), sparsemax(z))
+
+
+def test_sparse_switchable_norm_ends_with_one_norm():
+    norm = make("sparse_switchable_norm", ramp=4)
+    with torch.no_grad():
+        norm.mean_weight.copy_(torch.tensor([0.2, 0.3, 0.1]))
+        norm.var_weight.copy_(torch.tensor([0.4, 0.3, 0.35]))
+    for step in range(6):
+        radius = torch.tensor(min(step / 4, 1) * (2 / 3) ** 0.5, dtype=torch.float64)
+        p, q = (sparsestmax(w.detach(), radius) for w in (norm.mean_weight, norm.var_weight))
+        torch.testing.assert_close(norm(data(seed=step)), mixed(norm, p, q, data(seed=step)), rtol=0, atol=1e-10)
+        assert step > 0 or torch.equal(p, sparsemax(norm.mean_weight.detach()))
+    torch.testing.assert_close(p, torch.tensor([0.0, 1.0, 0.0]).double())
+    torch.testing.assert_close(q, torch.tensor([1.0, 0.0, 0.0]).double())
+    saved = make("sparse_switchable_norm", ramp=4)
+    saved.load_state_dict(norm.state_dict())
+    assert torch.equal(saved.eval()(data()), norm.eval()(data()))
+
+
+# ---- batch and instance ----------------------------------------------------------------------------------------------
+
+
+def test_batch_instance_norm():
+    norm, x = randomize(make("batch_instance_norm")), data()
+    with torch.no_grad():
+        norm.gate.copy_(torch.linspace(0, 1, 16))
+
+    def formula(x):
+        (mu_in, var_in), _, (mu, var) = three_moments(x)
+        rho = column(norm.gate)
+        mix = rho * (x - mu) / (var + 1e-5).sqrt() + (1 - rho) * (x - mu_in) / (var_in + 1e-5).sqrt()
+        return mix * column(norm.weight) + column(norm.bias)
+
+    assert_formula(norm, formula, x)
+    corners = {1.0: "batch_norm", 0.0: "instance_norm", 7.0: "batch_norm", -7.0: "instance_norm"}
+    for gate, name in corners.items():
+        norm, single = make("batch_instance_norm"), make(name)
+        with torch.no_grad():
+            norm.gate.fill_(gate)
+        for training in (True, False):
+            torch.testing.assert_close(norm.train(training)(x), single.train(training)(x), rtol=0, atol=1e-10)
+    gate_gradient = gradients(norm, x, [norm.gate])[2]
+    assert gate_gradient.abs().min() > 0  # outside of 0 to 1 there is a way back
+
+
+@pytest.mark.parametrize("channel_dim", [1, -1])
+def test_ibn(channel_dim):
+    norm, x = randomize(make("ibn", ratio=0.25, channel_dim=channel_dim)), data((4, 16, 3, 5))
+    x = x.movedim(1, channel_dim)
+    instance, batch = make("instance_norm", 4, channel_dim=channel_dim), make("batch_norm", 12, channel_dim=channel_dim)
+    instance.load_state_dict(norm.instance.state_dict())
+    batch.load_state_dict(norm.batch.state_dict())
+    for training in (True, False):
+        batch.train(training)
+        expected = torch.cat([instance(x.narrow(channel_dim, 0, 4)), batch(x.narrow(channel_dim, 4, 12))], channel_dim)
+        torch.testing.assert_close(norm.train(training)(x), expected, rtol=0, atol=1e-10)
+    with pytest.raises(nz.NormzooError, match="at least one for each"):
+        make("ibn", channels=1)
+
+
 # ---- what all of them keep -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", BATCH)
 def test_both_layouts_and_any_number_of_dimensions(spec):
     x = data((3, 16, 4, 5))
-    first, last = (randomize(make(spec, channel_dim=dim)) for dim in (1, -1))
+    first, last = (fresh_of(spec, channel_dim=dim) for dim in (1, -1))
     torch.testing.assert_close(last(x.movedim(1, -1)).movedim(-1, 1), first(x), rtol=0, atol=1e-10)
     torch.testing.assert_close(first(x.flatten(2)).view(x.shape), first(x), rtol=0, atol=1e-10)
-    assert first(x[..., 0, 0]).shape == (3, 16)
+    if spec in SEVERAL_POSITIONS:
+        with pytest.raises(nz.NormzooError, match="one value per statistic"):
+            first(x[..., 0, 0])
+    else:
+        assert first(x[..., 0, 0]).shape == (3, 16)
 
 
 @pytest.mark.parametrize("padding", [0.0, 1e30, float("nan")])
@@ -118,18 +267,19 @@ def test_padding_is_not_there(spec, padding):
     assert all(g is None or g.isfinite().all() for g in grads)
     assert (grads[0][~mask] == 0).all()
     assert all(b.isfinite().all() for b in norm.buffers())
-    before = {key: b.clone() for key, b in norm.named_buffers() if key != "num_batches_tracked"}
+    before = {key: b.clone() for key, b in norm.named_buffers() if not key.endswith("num_batches_tracked")}
     assert norm(x, torch.zeros_like(mask)).abs().max() == 0
     assert all(torch.equal(norm.get_buffer(key), b) for key, b in before.items())
 
 
 @pytest.mark.parametrize("spec", BATCH)
 def test_gradients_of_first_and_second_order(spec):
-    norm = randomize(make(spec, 8))
     x = data((2, 8, 3)).requires_grad_()
     for training in (True, False):
-        assert gradcheck(norm.train(training), x, fast_mode=True)
-        assert gradgradcheck(norm, x, fast_mode=True)
+        norm = randomize(make(spec, 8)).train(training)
+        with nz.hold_statistics(norm):
+            assert gradcheck(norm, x, fast_mode=True)
+            assert gradgradcheck(norm, x, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -155,7 +305,7 @@ def test_zeros_and_constants_and_nothing(spec):
         assert y.shape == x.shape
         grads = torch.autograd.grad(y.sum(), [x, *norm.parameters()], allow_unused=True)
         assert all(t is None or t.isfinite().all() for t in (y, *grads, *norm.buffers()))
-    with pytest.raises(nz.NormzooError, match="one value per channel"):
+    with pytest.raises(nz.NormzooError, match="one value per"):
         nz.create(spec, 16)(torch.ones(1, 16))
 
 
@@ -182,9 +332,7 @@ def test_state_is_complete_and_counted_once(spec):
 
 @pytest.mark.parametrize("spec", BATCH)
 def test_declared_invariances(spec):
-    norm, x = randomize(make(spec, track_running_stats=False)), data((3, 16, 4, 5))
-    norm.eps = 1e-20
-    traits = norm.traits
+    norm, x, traits = fresh_of(spec, eps=1e-20), data((3, 16, 4, 5)), make(spec).traits
     same = lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-8)  # noqa: E731
     assert same(norm(5 * x), norm(x)) == traits.scale_invariant
     assert same(norm(x + 5), norm(x)) == traits.shift_invariant

@@ -39,7 +39,9 @@ def construction(subject: Subject) -> None:
         all_same(dict(other.named_parameters()), dict(one.named_parameters()), f"the second norm of width {width}")
         all_same(state(other), state(one), f"the second norm of width {width}")
         require(one.num_features == width, f"num_features is {one.num_features} of a norm of width {width}")
-    require(create(subject.spec, subject.channels, -1).channel_dim == -1, "channel_dim is not -1 where -1 was asked for")
+    require(
+        create(subject.spec, subject.channels, -1).channel_dim == -1, "channel_dim is not -1 where -1 was asked for"
+    )
     if subject.foreign:
         return
     factory, _ = resolve(subject.spec)
@@ -161,7 +163,10 @@ def shapes(subject: Subject) -> None:
                     if len(shape) == 1 and not (subject.stateful and not training):
                         continue  # there may be nothing to take a statistic over
                     raise CheckFailed(f"{where}: {refusal}") from refusal
-                require(y.shape == x.shape, f"{where}: the output has the shape {tuple(y.shape)}, the input {tuple(x.shape)}")
+                require(
+                    y.shape == x.shape,
+                    f"{where}: the output has the shape {tuple(y.shape)}, the input {tuple(x.shape)}",
+                )
 
 
 @check
@@ -301,5 +306,3 @@ def wrong_input(subject: Subject) -> None:
             except (RuntimeError, TypeError, IndexError, AssertionError) as error:
                 raise CheckFailed(f"{what}: {type(error).__name__} instead of a ValueError: {error}") from error
             raise CheckFailed(f"{what} was accepted by a norm for {channels} channels")
-
-

@@ -194,7 +194,11 @@ def mask_weights(subject: Subject) -> None:
         row = twin(norm)
         expected = call(row, x[real][None])[0]
         padded = twin(norm)
-        same(call(padded, _padded(x, real, 7e3), real)[real], expected, "against all real elements in one row: the output")
+        same(
+            call(padded, _padded(x, real, 7e3), real)[real],
+            expected,
+            "against all real elements in one row: the output",
+        )
         all_same(state(padded), state(row), "against all real elements in one row")
 
 

@@ -198,9 +198,7 @@ def _patterns(shape: tuple[int, int, int]) -> Iterator[tuple[Pattern, dict[str, 
     splits = [("b", "c", {})]
     splits += [("b", text, {"g": g}) for g in divisors(channels)[1:-1] for text in ("(g c)", "(c g)")]
     splits += [(text, "c", {"n": n}) for n in divisors(samples)[1:-1] for text in ("(n b)", "(b n)")]
-    splits += [
-        ("(n b)", "(g c)", {"n": n, "g": g}) for n in divisors(samples)[1:-1] for g in divisors(channels)[1:-1]
-    ]
+    splits += [("(n b)", "(g c)", {"n": n, "g": g}) for n in divisors(samples)[1:-1] for g in divisors(channels)[1:-1]]
     for batch, channel, sizes in splits:
         axes = Pattern.parse(f"{batch} {channel} s ->").axes
         for kept in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(len(axes) + 1)):
@@ -221,5 +219,3 @@ def members(pattern: Pattern, shape: tuple[int, int, int], options: dict[str, in
 def _moved(one: Tensor, other: Tensor) -> bool:
     size = torch.maximum(one.abs().max(), other.abs().max()).clamp(min=1e-12)
     return bool((one - other).abs().max() > _NOTICED * size)
-
-

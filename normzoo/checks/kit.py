@@ -10,17 +10,19 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
 
+from normzoo.checks import pair
 from normzoo.checks.inference import Inferred
 from normzoo.checks.subject import CheckFailed, NotApplicable, Subject
 from normzoo.errors import NormzooError, unknown
+from normzoo.layers.base import Traits
 from normzoo.registry import Spec
 
 Status = Literal["passed", "failed", "expected_failure", "not_applicable"]
@@ -234,7 +236,7 @@ class CheckReport(list[CheckResult]):
         """Whether nothing failed that was not expected to."""
         return not self.failed
 
-    def count(self, status: str) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def tally(self, status: Status) -> int:
         """How many checks came to this status."""
         return sum(result.status == status for result in self)
 
@@ -254,7 +256,7 @@ class CheckReport(list[CheckResult]):
         return {
             "norm": self.norm,
             "traits": {
-                **{name: getattr(traits, name, None) for name in sorted(_trait_names())},
+                **{name: getattr(traits, name, None) for name in (field.name for field in fields(Traits))},
                 "declared": self.subject.traits is not None,
                 "shares": self.inferred.shares,
             },
@@ -262,17 +264,8 @@ class CheckReport(list[CheckResult]):
         }
 
     def __str__(self) -> str:
-        counts = [(self.count(status), status.replace("_", " ")) for status in
-                  ("passed", "failed", "expected_failure", "not_applicable")]  # fmt: skip
+        counts = [(self.tally(status), status.replace("_", " ")) for status in get_args(Status)]
         return f"{self.norm}: " + " · ".join(f"{n} {status}" for n, status in counts if n)
-
-
-def _trait_names() -> set[str]:
-    from dataclasses import fields
-
-    from normzoo.layers.base import Traits
-
-    return {field.name for field in fields(Traits)}
 
 
 def check_norm(
@@ -303,6 +296,11 @@ def check_norm(
         >>> [(result.name, result.status) for result in report]
         [('shapes', 'passed'), ('gradcheck', 'passed')]
     """
+    if pair.inside():
+        raise NormzooError(
+            "check_norm was called while another process imported the norm's file; put the call under "
+            "if __name__ == '__main__':"
+        )
     expected = dict(expected_failures or {})
     for name in expected:
         if name not in _checks:
@@ -310,7 +308,7 @@ def check_norm(
     checks = list_checks(only, slow=slow)
     subject = Subject(norm)
     if any(c.slow for c in checks):
-        subject.prepare()
+        pair.start()
     report = CheckReport(subject)
     for c in checks:
         report.append(_result(c, subject, expected.get(c.name)))

@@ -38,7 +38,10 @@ def declared_state(subject: Subject) -> None:
     found = subject.inferred.stateful
     if found is None:
         raise CheckFailed(f"it could not be told: {subject.inferred.untold}")
-    require(declared == found, f"declared stateful={declared}, but training {'changes' if found else 'does not change'} evaluation")
+    require(
+        declared == found,
+        f"declared stateful={declared}, but training {'changes' if found else 'does not change'} evaluation",
+    )
 
 
 @check

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.errors import NormzooError
-from normzoo.layers.base import MomentNorm, Norm, Traits
+from normzoo.layers.base import Norm, Traits
 from normzoo.layers.foreign import ForeignNorm
 from normzoo.registry import Spec, create, label, resolve
 
@@ -32,7 +32,7 @@ class CheckFailed(AssertionError):
     """A norm does not do what it should; the message says what it did."""
 
 
-class NotApplicable(Exception):  # noqa: N818  it is no error
+class NotApplicable(Exception):
     """There is nothing to check; the message says why."""
 
 
@@ -164,12 +164,6 @@ class Subject:
         if not self.takes_mask:
             raise NotApplicable("takes no mask")
 
-    def prepare(self) -> None:
-        """Start what takes time to start, if the checks will want it."""
-        from normzoo.checks import pair
-
-        pair.start()
-
     # ---- norms and data ------------------------------------------------------------------------------------------
 
     def make(
@@ -234,7 +228,9 @@ def randomize(norm: Norm) -> None:
     with torch.no_grad():
         for name, parameter in norm.named_parameters():
             noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-            role = roles.get(name, "other") if parameter.ndim <= 1 or parameter.numel() == norm.num_features else "other"
+            role = (
+                roles.get(name, "other") if parameter.ndim <= 1 or parameter.numel() == norm.num_features else "other"
+            )
             if role == "gain":
                 parameter.copy_(0.5 + noise)
             elif role == "shift":
@@ -256,7 +252,12 @@ def twin(norm: Norm) -> Norm:
 
 def outside(like: Tensor) -> Tensor:
     """A fixed gradient from outside, for an output like ``like``."""
-    return torch.linspace(-9, 9, like.numel(), dtype=torch.float64, device=like.device).sin().view(like.shape).to(like.dtype)
+    return (
+        torch.linspace(-9, 9, like.numel(), dtype=torch.float64, device=like.device)
+        .sin()
+        .view(like.shape)
+        .to(like.dtype)
+    )
 
 
 def gradients(norm: Norm, x: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -306,12 +307,12 @@ def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> N
     error = float((got - expected).abs().max())
     if not error <= tolerance * scale:
         zero = "; all of it is zero" if not got.any() else ""
-        raise CheckFailed(f"{what}: off by up to {error:.2g} where values reach {scale:.2g} (allowed {tolerance:.0e} of it){zero}")
+        raise CheckFailed(
+            f"{what}: off by up to {error:.2g} where values reach {scale:.2g} (allowed {tolerance:.0e} of it){zero}"
+        )
 
 
-def all_same(
-    got: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, tolerance: float = 1e-9
-) -> None:
+def all_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, tolerance: float = 1e-9) -> None:
     """Two collections of tensors agree.
 
     Raises:
@@ -347,5 +348,3 @@ def require(condition: bool, message: str) -> None:
     """
     if not condition:
         raise CheckFailed(message)
-
-

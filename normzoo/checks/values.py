@@ -403,7 +403,9 @@ def one_position(subject: Subject) -> None:
             norm = subject.make()
             call(norm, subject.data())
             norm.train(training)
-            where = f"{shape[0]} samples with {'one position' if len(shape) > 1 else 'no position axis'} {MODES[training]}"
+            where = (
+                f"{shape[0]} samples with {'one position' if len(shape) > 1 else 'no position axis'} {MODES[training]}"
+            )
             try:
                 found = gradients(norm, subject.data(shape))
             except ValueError as refusal:

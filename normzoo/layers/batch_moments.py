@@ -47,6 +47,17 @@ def moments_of(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) ->
     return mean, average((x - mean).square(), mask, axes)
 
 
+def total(x: Tensor, mask: Tensor | None) -> Tensor | float:
+    """How many real elements a channel of ``(b, c, s)`` has: a number, or a tensor of one where there is a mask."""
+    count = number(x, mask)
+    return count.flatten() if isinstance(count, Tensor) else count
+
+
+def unbiased(var: Tensor, count: Tensor | float) -> Tensor:
+    """The unbiased variance of so many elements from the biased one."""
+    return var * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / max(count - 1, 1))
+
+
 def blend(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: Tensor | float) -> tuple[Tensor, Tensor]:
     r"""Mean and variance of a mixture that takes its elements from ``second`` with probability ``weight``.
 
@@ -126,9 +137,7 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
         self.check_count(x, mask, False)
         mean, var = self.measure(x, mask)
         if x.numel():
-            count = number(x, mask)
-            count = count.flatten() if isinstance(count, Tensor) else count
-            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), count))
+            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), total(x, mask)))
         return mean, var
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -147,11 +156,14 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
 
     @torch.no_grad()
     def track(self, count: Tensor | float, news: Mapping[str, Tensor]) -> None:
-        """Count new values into the running averages of these names, each of shape ``(c,)``."""
+        """Count new values into the running averages of these names, each of shape ``(c,)``.
+
+        A batch without a real position is none.
+        """
         if not self.counts:
             return
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        self.num_batches_tracked.add_((count > 0).long().squeeze() if isinstance(count, Tensor) else 1)
         for name, value in news.items():
             running = self.get_buffer(name)
             weight = self.num_batches_tracked.to(running.dtype).reciprocal() if self.momentum is None else self.momentum
@@ -511,9 +523,7 @@ class LpBatchNorm(DeviationNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         if not 1 <= p < math.inf:
-            raise OptionError(
-                f"lp_batch_norm with p={p!r}; expected a number from 1 (top_k_batch_norm for infinity)"
-            )
+            raise OptionError(f"lp_batch_norm with p={p!r}; expected a number from 1 (top_k_batch_norm for infinity)")
         super().__init__(
             num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             channel_dim=channel_dim, device=device, dtype=dtype,

@@ -67,7 +67,7 @@ class EvoNormB0(EvoNormB):
     Args:
         num_features: number of channels ``C``.
         eps: :math:`\varepsilon`, added to each second moment.
-        affine: learn :math:`\gamma` (``weight``), :math:`\beta` (``bias``) and :math:`v` (``v``); :math:`v` is 1 without.
+        affine: learn :math:`\gamma` (``weight``), :math:`\beta` (``bias``) and :math:`v` (``v``, fixed at 1 without).
         momentum: weight of the new value in the running average of the variance; ``None`` is the cumulative average.
         track_running_stats: keep a running variance and use it in evaluation.
         sync: take the batch's variance over all processes of ``torch.distributed``.
@@ -250,7 +250,7 @@ class EvoNormS0(EvoNormS):
             channels a group. The paper uses 32.
         group_size: channels a group, in place of ``groups``.
         eps: :math:`\varepsilon`, added to the variance.
-        affine: learn :math:`\gamma` (``weight``), :math:`\beta` (``bias``) and :math:`v` (``v``); :math:`v` is 1 without.
+        affine: learn :math:`\gamma` (``weight``), :math:`\beta` (``bias``) and :math:`v` (``v``, fixed at 1 without).
         channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
         device: where the parameters live.
         dtype: their dtype.

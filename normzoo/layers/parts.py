@@ -91,6 +91,24 @@ class BatchFormulaNorm(MomentNorm):
 
     moments = "b c s -> c"
 
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+
     @abstractmethod
     def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
         """The norm without its affine part: ``x`` is ``(b, c, s)``, ``mask`` is ``(b, 1, s)`` or ``None``."""

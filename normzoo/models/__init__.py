@@ -22,27 +22,37 @@ from normzoo.models.base import (
 from normzoo.models.cnn import ConvNet, ResNet
 from normzoo.models.dropout import Dropout, seed_dropout
 from normzoo.models.mlp import MLP
+from normzoo.models.normfree import SELUMLP, AlphaDropout, FixupResNet, NFResNet, SkipInitResNet, clip_adaptively_
+from normzoo.models.placements import renormalize_
 from normzoo.models.rnn import RNN, PerStep
-from normzoo.models.transformer import Placement, Transformer, register_placement
+from normzoo.models.transformer import Placement, Transformer, list_placements, register_placement
 
 __all__ = [
     "MLP",
     "RNN",
+    "SELUMLP",
+    "AlphaDropout",
     "ConvNet",
     "Dropout",
+    "FixupResNet",
     "Inputs",
     "ModelInfo",
+    "NFResNet",
     "Network",
     "NormChoice",
     "PerStep",
     "Placement",
     "ResNet",
     "Sites",
+    "SkipInitResNet",
     "Transformer",
+    "clip_adaptively_",
     "create_model",
     "list_models",
+    "list_placements",
     "model_info",
     "register_model",
     "register_placement",
+    "renormalize_",
     "seed_dropout",
 ]

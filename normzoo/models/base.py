@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.errors import NormzooError, unknown, unknown_option
-from normzoo.registry import create, resolve
+from normzoo.layers.none import NoNorm
+from normzoo.registry import create, label, resolve
 
 Family = Literal["mlp", "cnn", "rnn", "transformer"]
 Spec = str | Callable[[int], nn.Module]
@@ -114,6 +115,17 @@ class Sites:
                 raise unknown("site of a norm", pattern, parts | set(self.known))
 
 
+def refuse_norm(owner: str, norm: NormChoice) -> None:
+    """Take ``"none"`` alone, for a network that has no place for a norm.
+
+    Raises:
+        NormzooError: for any other norm.
+    """
+    for spec in norm.values() if isinstance(norm, Mapping) else (norm,):
+        if resolve(spec)[0] is not NoNorm:
+            raise NormzooError(f"{owner} has no norms, and got norm={label(spec)!r}; give norm='none'")
+
+
 def _matches(site: str, pattern: str) -> bool:
     return fnmatchcase(site, pattern) or fnmatchcase(site.rpartition(".")[2], pattern)
 
@@ -137,6 +149,8 @@ class Network(nn.Module):
     """
 
     family: ClassVar[Family]
+    norm_free: ClassVar[bool] = False
+    """Whether it does without norms, and takes ``norm="none"`` alone."""
 
     def __init__(self, inputs: Inputs, outputs: int) -> None:
         super().__init__()
@@ -280,9 +294,13 @@ def register_model(name: str, summary: str = "", **fixed: Any) -> Callable[[_Mod
     return add
 
 
-def list_models() -> list[str]:
-    """The names of all models."""
-    return sorted(_models)
+def list_models(*, norm_free: bool = False) -> list[str]:
+    """The names of the models that take a norm, or of those that do without.
+
+    >>> "selu_mlp" in list_models(norm_free=True)
+    True
+    """
+    return sorted(name for name, info in _models.items() if info.cls.norm_free == norm_free)
 
 
 def model_info(name: str) -> ModelInfo:
@@ -303,7 +321,7 @@ def create_model(name: str, *, norm: NormChoice, inputs: Inputs, outputs: int, *
     never on the norm.
 
     Args:
-        name: one of :func:`list_models`.
+        name: one of :func:`list_models`, norm-free or not.
         norm: the norm of all its sites, or a mapping from patterns of sites to norms; see :class:`Sites`.
         inputs: what one sample looks like.
         outputs: width of the answer.

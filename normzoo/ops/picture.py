@@ -47,3 +47,33 @@ def draw(pattern: Pattern) -> str:
         cells = "      ".join(" ".join(_LETTERS[i] for i in row) for row in elements[:, c])
         lines.append(f"channel {c}   {cells}")
     return "\n".join(lines)
+
+
+_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#997700", "#004488")
+_CELL, _GAP, _MARGIN = 22, 26, 84
+
+
+def svg(pattern: Pattern) -> str:
+    """The picture as SVG: elements of the same colour and number share a statistic."""
+    elements = shared(pattern, batch=4 if len(pattern.factors[0]) > 1 else 2)
+    block = _POSITIONS * _CELL + _GAP
+    width, height = _MARGIN + len(elements) * block, 30 + _CHANNELS * _CELL + 6
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" font-family="sans-serif" font-size="12"><title>{pattern}</title>'
+    ]
+    for c in range(_CHANNELS):
+        y = 30 + c * _CELL + _CELL * 0.68
+        parts.append(f'<text x="{_MARGIN - 10}" y="{y:.0f}" text-anchor="end" fill="#808080">channel {c}</text>')
+    for b, sample in enumerate(elements):
+        left = _MARGIN + b * block
+        middle = left + _POSITIONS * _CELL / 2
+        parts.append(f'<text x="{middle:.0f}" y="20" text-anchor="middle" fill="#808080">sample {b}</text>')
+        for (c, s), number in np.ndenumerate(sample):
+            x, y = left + s * _CELL, 30 + c * _CELL
+            colour = _COLOURS[number % len(_COLOURS)]
+            parts.append(f'<rect x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" fill="{colour}" stroke="white"/>')
+            parts.append(
+                f'<text x="{x + _CELL / 2:.0f}" y="{y + 15}" text-anchor="middle" fill="white">{number + 1}</text>'
+            )
+    return "".join([*parts, "</svg>"])

@@ -180,9 +180,10 @@ def curves(results: Results, comparison: Comparison, by_label: dict[str, Stroke]
         axis.grid(axis="y")
     axes[0].set_xlim(first, last)
     _limits(axes[0], scale, [v for c in found for _, values, _ in c.seeds for v in values])
-    tail = math.ceil(first + 0.6 * (last - first)) if enlarge else first
-    axes[-1].set_xlim(tail, last)
-    _limits(axes[-1], scale, _tail(found, tail), robust=enlarge)
+    if enlarge:
+        tail = math.ceil(first + 0.6 * (last - first))
+        axes[1].set_xlim(tail, last)
+        _limits(axes[1], scale, _tail(found, tail), robust=True)
     axes[0].set_ylabel(_axis_label(comparison.validation, scale))
     _heading(figure, axes, comparison, ["all of training", "its last part, enlarged"] if enlarge else [""])
     _direct_labels(figure, axes[-1], found, by_label, names)

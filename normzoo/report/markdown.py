@@ -203,9 +203,9 @@ def _every_setting(results: Results, comparisons: Sequence[Comparison]) -> list[
                     [
                         code(row.setting),
                         code(row.label),
-                        c.numbers.value(row.validation) + (" ✓" if (row.label, row.setting) in chosen else ""),
-                        table.value_text(row, c),
-                        table.difference_text(row, c) if at.baseline else "–",
+                        at.numbers.value(row.validation) + (" ✓" if (row.label, row.setting) in chosen else ""),
+                        table.value_text(row, at),
+                        table.difference_text(row, at) if at.baseline else "–",
                         d.verdict if d else "",
                         table.seeds_text(row),
                     ]
@@ -333,7 +333,7 @@ def _distinct(values: Sequence[object]) -> str:
 def _number(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return one_line(value)
+    return one_line(value) or "(empty)"
 
 
 def _provenance(results: Results) -> list[str]:

@@ -51,7 +51,8 @@ class Numbers:
         if not math.isfinite(x):
             return "–"
         form = "+" if sign else ""
-        text = f"{x:{form}.3g}" if self.decimals is None else f"{x:{form}.{self.decimals}f}"
+        short = self.decimals is None or abs(x) >= 1e6
+        text = f"{x:{form}.3g}" if short else f"{x:{form}.{self.decimals}f}"
         if float(text) == 0:
             text = text.lstrip("+-")
         return text.replace("-", "−") if "e" not in text else text

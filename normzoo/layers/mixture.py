@@ -1,0 +1,419 @@
+"""Norms that mix the statistics of other norms, in shares that are learned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from normzoo.errors import OptionError
+from normzoo.layers.base import Norm, Paper, Traits
+from normzoo.layers.batch import BatchNorm
+from normzoo.layers.parts import BatchFormulaNorm, column, moments, wide
+from normzoo.layers.sample import InstanceNorm
+from normzoo.registry import register
+
+
+class MixedMomentsNorm(BatchFormulaNorm):
+    """Standardise by shares of the moments of instance norm, layer norm and batch norm: abstract."""
+
+    roles = {"weight": "gain", "bias": "shift", "mean_weight": "logit", "var_weight": "logit"}
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float,
+        affine: bool,
+        momentum: float | None,
+        sync: bool,
+        channel_dim: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, sync=sync,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.mean_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+        self.var_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+
+    @property
+    def traits(self) -> Traits:
+        """Everything that one of the three shares."""
+        return Traits(
+            batch_dependent=True,
+            causal=False,
+            causal_in_training=False,
+            stateful=True,
+            scale_invariant=True,
+            shift_invariant=True,
+        )
+
+    def shares(self, weights: Tensor) -> Tensor:
+        """Three shares that sum to one, for instance, layer and batch norm."""
+        return wide(weights).softmax(0)
+
+    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+        """Standardise by the mixed moments."""
+        mu_in, var_in = moments(x, mask, (2,))
+        mu_ln, var_ln = moments(x, mask, (1, 2))
+        p, q = self.shares(self.mean_weight), self.shares(self.var_weight)
+        mixed = q[0] * var_in + q[1] * var_ln + q[2] * var
+        return (x - (p[0] * mu_in + p[1] * mu_ln + p[2] * mu)) * torch.rsqrt(mixed + self.eps)
+
+
+@register("switchable_norm", aliases=("sn",))
+class SwitchableNorm(MixedMomentsNorm):
+    r"""Standardise by learned mixtures of the moments of instance norm, layer norm and batch norm.
+
+    .. math:: y = \gamma_c \frac{x - \sum_k p_k \mu_k}{\sqrt{\sum_k q_k \sigma_k^2 + \varepsilon}} + \beta_c, \qquad
+              p = \operatorname{softmax}(\lambda), \quad q = \operatorname{softmax}(\lambda')
+
+    over :math:`k` = instance (positions), layer (channels and positions) and batch (samples and positions), in this
+    order; all variances are biased. With all of the share on one it is ``instance_norm``, ``layer_norm_joint`` or
+    ``batch_norm``.
+
+    Args:
+        num_features: number of channels ``C``.
+        eps: :math:`\varepsilon`, added to the mixed variance.
+        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``); :math:`\lambda` (``mean_weight``) and
+            :math:`\lambda'` (``var_weight``) are learned in any case.
+        momentum: weight of the new value in the running averages of the batch's part; ``None`` is the cumulative
+            average.
+        sync: take the batch's moments over all processes of ``torch.distributed``.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: in training, for one sample with one position.
+
+    Example:
+        >>> SwitchableNorm(8)(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+
+    Deviations:
+        In evaluation the paper averages the moments of batches of a trained network, this the running ones
+        (``momentum=None`` is nearer to it). The authors' code divides by ``S - 1``, so that it equals none of the
+        three, and is undefined on one position.
+
+    Reference:
+        Luo et al. 2018, Differentiable Learning-to-Normalize via Switchable Normalization, arXiv 1806.10779.
+    """
+
+    paper = Paper("Luo et al.", 2018, "Learning-to-Normalize via Switchable Normalization", "1806.10779")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, sync=sync,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+
+
+def sparsemax(z: Tensor) -> Tensor:
+    """The nearest point of the simplex, which may lie on its border (Martins and Astudillo 2016).
+
+    >>> sparsemax(torch.tensor([0.9, 0.6, -1.0]))
+    tensor([0.6500, 0.3500, 0.0000])
+    """
+    ordered = z.sort(descending=True).values
+    place = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
+    kept = ordered * place > ordered.cumsum(0) - 1
+    threshold = (torch.where(kept, ordered, 0).sum() - 1) / kept.sum()
+    return (z - threshold).clamp(min=0)
+
+
+def sparsestmax(z: Tensor, radius: Tensor) -> Tensor:
+    r"""The nearest point of the simplex that is at least ``radius`` from its middle: sparser as the radius grows.
+
+    .. math:: y = \arg\min_p \lVert p - z \rVert^2, \qquad
+              p \ge 0,\ \textstyle\sum p = 1,\ \lVert p - \tfrac1K \rVert \ge r
+
+    Radius 0 is sparsemax; :math:`\sqrt{1 - 1/K}`, the distance of the corners, leaves the largest alone.
+
+    >>> sparsestmax(torch.tensor([0.9, 0.6, -1.0]), torch.tensor((2 / 3) ** 0.5)).round(decimals=3)
+    tensor([1., 0., 0.])
+    """
+    p, middle, square = sparsemax(z), torch.full_like(z, 1 / len(z)), radius.square()
+    for _ in range(len(z) - 1):
+        away = p - middle
+        distance = away.square().sum()
+        near = (distance < square) & (distance > 1e-8)  # from the middle itself there is no way to go
+        pushed = middle + away * square.clamp(min=0).sqrt() * torch.rsqrt(torch.where(near, distance, 1))
+        p = sparsemax(torch.where(near, pushed, p))
+        # pushed out of the simplex, it came back to a face: the circle that the sphere leaves on that face is next
+        face = (p > 0).to(z.dtype)
+        center = face / face.sum()
+        middle, square = center, square - (center - middle).square().sum()
+    return p
+
+
+@register("sparse_switchable_norm", aliases=("ssn",))
+class SparseSwitchableNorm(MixedMomentsNorm):
+    r"""Switchable norm whose shares become sparse while it trains, until one norm is left.
+
+    .. math:: y = \gamma_c \frac{x - \sum_k p_k \mu_k}{\sqrt{\sum_k q_k \sigma_k^2 + \varepsilon}} + \beta_c, \qquad
+              p = \operatorname{sparsestmax}_r(\lambda), \quad q = \operatorname{sparsestmax}_r(\lambda')
+
+    over instance, layer and batch moments, as in ``switchable_norm``. The radius :math:`r` grows from 0 to
+    :math:`\sqrt{2/3}`, where a single norm is chosen, over the first ``ramp`` batches, which are counted in a buffer
+    that is saved with the model.
+
+    Args:
+        num_features: number of channels ``C``.
+        ramp: batches until a single norm is left; the paper's schedule ends with the training.
+        eps: :math:`\varepsilon`, added to the mixed variance.
+        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``); :math:`\lambda` (``mean_weight``) and
+            :math:`\lambda'` (``var_weight``) are learned in any case.
+        momentum: weight of the new value in the running averages of the batch's part; ``None`` is the cumulative
+            average.
+        sync: take the batch's moments over all processes of ``torch.distributed``.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        OptionError: when ``ramp`` is no positive whole number.
+        NormzooError: in training, for one sample with one position.
+
+    Example:
+        >>> SparseSwitchableNorm(8, ramp=1000)(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+
+    Deviations:
+        The radius is counted here, where the authors' training loop sets it. Logits that are exactly equal, as at the
+        start, have no nearest corner and keep equal shares. The authors' code takes the unbiased variance over
+        positions, and overwrites logits that have reached a corner.
+
+    Reference:
+        Shao et al. 2019, SSN: Learning Sparse Switchable Normalization via SparsestMax, arXiv 1903.03793.
+    """
+
+    paper = Paper("Shao et al.", 2019, "SSN: Learning Sparse Switchable Normalization via SparsestMax", "1903.03793")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        ramp: int = 100_000,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, sync=sync,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        if not isinstance(ramp, int) or ramp < 1:
+            raise OptionError(f"ramp={ramp!r}; expected a positive number of batches")
+        self.ramp = ramp
+        self._shown |= {"ramp": ramp}
+
+    def radius(self) -> Tensor:
+        """The radius for the number of batches seen."""
+        assert self.num_batches_tracked is not None
+        assert self.running_var is not None
+        seen = self.num_batches_tracked.to(self.running_var.dtype)
+        if self.training and not self.hold:
+            seen = seen - 1  # the batch at hand is counted by now, and is not counted again where it is repeated
+        return (seen / self.ramp).clamp(0, 1) * math.sqrt(2 / 3)
+
+    def shares(self, weights: Tensor) -> Tensor:
+        """Three shares, sparser with every batch."""
+        return sparsestmax(wide(weights), self.radius().to(wide(weights).dtype))
+
+
+@register("batch_instance_norm", aliases=("bin",))
+class BatchInstanceNorm(BatchFormulaNorm):
+    r"""Mix batch norm and instance norm, with a share for each channel.
+
+    .. math:: y = \gamma_c \big(\rho_c\, \hat x^{B} + (1 - \rho_c)\, \hat x^{I}\big) + \beta_c, \qquad
+              0 \le \rho_c \le 1
+
+    with :math:`\hat x^B` standardised over samples and positions, :math:`\hat x^I` over positions. :math:`\rho`
+    (``gate``) starts at one: batch norm.
+
+    Args:
+        num_features: number of channels ``C``.
+        eps: :math:`\varepsilon`, added to both variances.
+        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``); :math:`\rho` is learned in any case.
+        momentum: weight of the new value in the running averages of the batch's part; ``None`` is the cumulative
+            average.
+        track_running_stats: keep running averages and use them in evaluation.
+        sync: take the batch's moments over all processes of ``torch.distributed``.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: in training, for one sample with one position.
+
+    Example:
+        >>> BatchInstanceNorm(8)(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+
+    Deviations:
+        The paper clips :math:`\rho` after each step of the optimizer; this clips where it is used and passes the
+        gradient on, so that no training loop has to know. It also wants a larger learning rate for :math:`\rho`, for
+        which its role is ``"share"``.
+
+    Reference:
+        Nam and Kim 2018, Batch-Instance Normalization for Adaptively Style-Invariant Neural Networks,
+        arXiv 1805.07925.
+    """
+
+    roles = {"weight": "gain", "bias": "shift", "gate": "share"}
+    paper = Paper("Nam & Kim", 2018, "Batch-Instance Normalization", "1805.07925")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.gate = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+
+    @property
+    def traits(self) -> Traits:
+        """Everything that one of the two shares."""
+        return Traits(
+            batch_dependent=True,
+            causal=False,
+            causal_in_training=False,
+            stateful=self.track_running_stats,
+            scale_invariant=True,
+            shift_invariant=True,
+        )
+
+    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+        """Both, in the shares of the gate."""
+        mu_in, var_in = moments(x, mask, (2,))
+        gate = column(self.gate)
+        share = gate + (gate.clamp(0, 1) - gate).detach()
+        batch = (x - mu) * torch.rsqrt(var + self.eps)
+        return share * batch + (1 - share) * ((x - mu_in) * torch.rsqrt(var_in + self.eps))
+
+
+@register("ibn", aliases=("ibn_a", "instance_batch_norm"))
+class IBN(Norm):
+    r"""Instance norm for the first half of the channels, batch norm for the others.
+
+    .. math:: y = \begin{cases} \operatorname{IN}(x) & c < \lfloor rC \rfloor \\
+              \operatorname{BN}(x) & \text{otherwise} \end{cases}
+
+    The paper's IBN-a, for the first norm of residual blocks in shallow layers.
+
+    Args:
+        num_features: number of channels ``C``.
+        ratio: :math:`r`, the part of the channels with instance norm.
+        eps: :math:`\varepsilon` of both.
+        affine: learn gains and shifts (``instance.weight``, ``batch.weight``, …).
+        momentum: weight of the new value in the running averages of batch norm.
+        track_running_stats: keep running averages and use them in evaluation.
+        sync: take the moments of batch norm over all processes of ``torch.distributed``.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C, *S)`` or ``(N, *S, C)`` to the same, with more than one position.
+
+    Raises:
+        OptionError: when one of the halves would be empty.
+        NormzooError: for a single position.
+
+    Example:
+        >>> IBN(8)(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+
+    Deviations:
+        None; the authors' code calls the halves ``IN`` and ``BN``.
+
+    Reference:
+        Pan et al. 2018, Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net, arXiv 1807.09441.
+    """
+
+    paper = Paper("Pan et al.", 2018, "Two at Once: Enhancing Learning and Generalization via IBN-Net", "1807.09441")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        ratio: float = 0.5,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, channel_dim=channel_dim)
+        half = int(round(ratio * num_features, 9))
+        if not 0 < half < num_features:
+            raise OptionError(
+                f"ratio={ratio!r} of {num_features} channels gives {half} to instance norm and {num_features - half} "
+                "to batch norm; expected at least one for each"
+            )
+        self.halves = [half, num_features - half]
+        self.instance = InstanceNorm(half, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
+        self.batch = BatchNorm(
+            num_features - half, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+            sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    @property
+    def traits(self) -> Traits:
+        """Everything that one of the two shares."""
+        return Traits(
+            batch_dependent=True,
+            causal=False,
+            causal_in_training=False,
+            stateful=self.batch.track_running_stats,
+            scale_invariant=True,
+            shift_invariant=True,
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise the halves apart."""
+        self.check_input(x, mask)
+        first, second = x.split(self.halves, self.channel_dim)
+        return torch.cat([self.instance(first, mask), self.batch(second, mask)], self.channel_dim)
