@@ -29,28 +29,46 @@ Many = Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())
 
 
 @app.command(name="list")
-def list_(pattern: str = "*") -> None:
+def list_(
+    pattern: str = "*", *, family: str | None = None, trait: Many = None, year: int | None = None, contrib: bool = True
+) -> None:
     """List the registered norms.
 
     Parameters
     ----------
     pattern:
         A wildcard, as in '*batch*'.
+    family:
+        Only this family, as 'batch' or 'rms'.
+    trait:
+        Only norms with these traits, as 'causal not-stateful'.
+    year:
+        Only norms published in this year.
+    contrib:
+        Include norms that pass the checks but reproduce no number of their paper.
     """
     from rich.console import Console
     from rich.table import Table
 
+    from normzoo.errors import unknown
     from normzoo.registry import info, list_norms
 
-    names = list_norms(pattern)
-    if not names:
-        raise NormzooError(f"no norm matches {pattern!r}; `normzoo list` shows all")
-    columns = ("name", "year", "moments", "training statistics", "causal", "params/channel", "paper")
+    rows = [info(name) for name in list_norms(pattern)]
+    if family is not None:
+        if family not in (families := {row.family for row in rows}):
+            raise unknown("family", family, families)
+        rows = [row for row in rows if row.family == family]
+    for wanted in trait or ():
+        rows = [row for row in rows if _has(row.traits, wanted)]
+    rows = [row for row in rows if (contrib or not row.contrib) and year in (None, row.paper and row.paper.year)]
+    if not rows:
+        raise NormzooError("no norm matches; `normzoo list` shows all")
+    columns = ("name", "family", "year", "moments", "training statistics", "causal", "params/channel", "paper")
     table = Table(*columns, box=None, pad_edge=False)
-    for name in names:
-        row = info(name)
+    for row in rows:
         table.add_row(
-            name,
+            row.name,
+            row.family,
             str(row.paper.year) if row.paper else "",
             row.pattern or "",
             _statistics(row.traits),
@@ -62,6 +80,18 @@ def list_(pattern: str = "*") -> None:
     if not console.is_terminal:
         console.width = 200  # a pipe has no width; rows stay rows
     console.print(table)
+
+
+def _has(traits: Traits | None, wanted: str) -> bool:
+    from dataclasses import asdict, fields
+
+    from normzoo.errors import unknown
+    from normzoo.layers.base import Traits
+
+    name = wanted.removeprefix("not-").replace("-", "_")
+    if name not in (known := [field.name for field in fields(Traits)]):
+        raise unknown("trait", name, known)
+    return traits is not None and asdict(traits)[name] is not wanted.startswith("not-")
 
 
 def _statistics(traits: Traits | None) -> str:

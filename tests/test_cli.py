@@ -52,6 +52,14 @@ def test_list(capsys):
     assert "layer_norm" not in rows
 
 
+def test_list_filters(capsys):
+    code, out, _ = call(capsys, "list", "--trait", "causal", "not-stateful", "shift-invariant", "--year", "2016")
+    names = {line.split()[0] for line in out.splitlines()[1:]}
+    assert code == 0
+    assert "layer_norm" in names
+    assert not names & {"batch_norm", "instance_norm", "rms_norm"}
+
+
 def test_show(capsys):
     code, out, _ = call(capsys, "show", "GroupNorm")
     assert code == 0
@@ -65,6 +73,9 @@ def test_show(capsys):
     [
         (["show", "bach_norm"], "did you mean 'batch_norm'"),
         (["list", "zz*"], "no norm matches"),
+        (["list", "--family", "bach"], "did you mean 'batch'"),
+        (["list", "--trait", "causl"], "did you mean 'causal'"),
+        (["check", "bach_norm"], "did you mean 'batch_norm'"),
         (["run"], "experiments/quickstart.py"),
         (["run", "no_such_study.py"], "no_such_study.py"),
         (["run", "--norms", "bach_norm", "--models", "cnn"], "did you mean 'batch_norm'"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import norm as norm_distribution
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -16,10 +19,9 @@ from normzoo.layers.base import Norm
 from normzoo.layers.mixture import sparsemax, sparsestmax
 
 BATCH = [
-    "batch_instance_norm", "evonorm_b0", "evonorm_b1", "evonorm_b2", "ibn", "sparse_switchable_norm(ramp=10)",
-    "switchable_norm",
+    "batch_instance_norm", "evonorm_b0", "evonorm_b1", "evonorm_b2", "exemplar_norm", "ibn", "mixture_norm",
+    "mode_norm", "mode_norm(modes=1)", "sparse_switchable_norm(ramp=10)", "switchable_norm",
 ]  # fmt: skip
-SEVERAL_POSITIONS = ["ibn"]  # a part of it is instance norm
 
 
 def make(spec: str, channels: int = 16, **options) -> Norm:
@@ -57,7 +59,11 @@ def assert_formula(norm: Norm, formula, x: torch.Tensor | None = None) -> None:
 
 def fresh_of(spec: str, **options):
     """A function that calls a new norm each time, so that no call knows of another."""
-    return lambda x, *rest: randomize(make(spec, **options))(x, *rest)
+
+    def call(x):
+        return randomize(make(spec, **options))(x)
+
+    return call
 
 
 def column(parameter: torch.Tensor) -> torch.Tensor:
@@ -165,10 +171,11 @@ def test_sparsestmax_is_the_nearest_point():
 
 
 def test_sparsestmax_has_the_gradient_of_sparsemax_where_it_is_far_enough():
-    z = torch.tensor([0.5, 0.3, -0.1], dtype=torch.float64, requires_grad=True)
-    for radius in (0.0, 0.4, 0.75, 0.8165):
-        assert gradcheck(lambda z, radius=radius: sparsestmax(z, torch.tensor(radius, dtype=torch.float64)), z)
-    assert torch.equal(sparsestmax(z, torch.zeros(()).double()), sparsemax(z))
+    for values in ([0.5, 0.3, -0.05], [0.9, 0.5, -0.3]):
+        z = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        for radius in (0.0, 0.4, 0.75, 0.8165):
+            assert gradcheck(lambda z, radius=radius: sparsestmax(z, torch.tensor(radius, dtype=torch.float64)), z)
+        torch.testing.assert_close(sparsestmax(z, torch.zeros(()).double()), sparsemax(z), rtol=0, atol=1e-12)
 
 
 def test_sparse_switchable_norm_ends_with_one_norm():
@@ -180,7 +187,6 @@ def test_sparse_switchable_norm_ends_with_one_norm():
         radius = torch.tensor(min(step / 4, 1) * (2 / 3) ** 0.5, dtype=torch.float64)
         p, q = (sparsestmax(w.detach(), radius) for w in (norm.mean_weight, norm.var_weight))
         torch.testing.assert_close(norm(data(seed=step)), mixed(norm, p, q, data(seed=step)), rtol=0, atol=1e-10)
-        assert step > 0 or torch.equal(p, sparsemax(norm.mean_weight.detach()))
     torch.testing.assert_close(p, torch.tensor([0.0, 1.0, 0.0]).double())
     torch.testing.assert_close(q, torch.tensor([1.0, 0.0, 0.0]).double())
     saved = make("sparse_switchable_norm", ramp=4)
@@ -225,8 +231,231 @@ def test_ibn(channel_dim):
         batch.train(training)
         expected = torch.cat([instance(x.narrow(channel_dim, 0, 4)), batch(x.narrow(channel_dim, 4, 12))], channel_dim)
         torch.testing.assert_close(norm.train(training)(x), expected, rtol=0, atol=1e-10)
+    one = norm(x[..., :1, :1] if channel_dim == 1 else x[:, :1, :1])
+    first = one.movedim(channel_dim, -1)[..., :4]
+    torch.testing.assert_close(first, norm.instance.bias.expand_as(first))
     with pytest.raises(nz.NormzooError, match="at least one for each"):
         make("ibn", channels=1)
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+
+def test_mode_norm():
+    norm = make("mode_norm", modes=3)
+    with torch.no_grad():
+        for seed, parameter in enumerate(norm.parameters()):
+            parameter.copy_(data(parameter.shape, seed) / 4)
+    mean, var = torch.zeros(3, 16).double(), torch.ones(3, 16).double()
+
+    def formula(x, given=None):
+        gates = (x.mean(2) @ norm.gate_weight.mT + norm.gate_bias).softmax(1)
+        y = 0
+        for k in range(3):
+            share = gates[:, k, None, None].expand_as(x)
+            if given is None:
+                mu = (share * x).sum((0, 2)) / share.sum((0, 2))
+                sigma = (share * (x - column(mu)) ** 2).sum((0, 2)) / share.sum((0, 2))
+            else:
+                mu, sigma = given[0][k], given[1][k]
+            y = y + share * (x - column(mu)) / column((sigma + 1e-5).sqrt())
+        return y * column(norm.weight) + column(norm.bias)
+
+    for seed in range(3):
+        x = data(seed=seed)
+        assert_formula(norm, formula, x)
+        gates = (x.mean(2) @ norm.gate_weight.mT + norm.gate_bias).softmax(1).detach()
+        for k in range(3):
+            share = gates[:, k, None, None].expand_as(x)
+            mu = (share * x).sum((0, 2)) / share.sum((0, 2))
+            sigma = (share * (x - column(mu)) ** 2).sum((0, 2)) / share.sum((0, 2))
+            mean[k], var[k] = 0.9 * mean[k] + 0.1 * mu, 0.9 * var[k] + 0.1 * sigma * 42 / 41
+    torch.testing.assert_close(norm.running_mean, mean, rtol=0, atol=1e-10)
+    torch.testing.assert_close(norm.running_var, var, rtol=0, atol=1e-10)
+    norm.eval()
+    assert_formula(norm, lambda x: formula(x, (mean, var)))
+    assert {"running_mean", "running_var", "num_batches_tracked"} < norm.state_dict().keys()
+
+
+def test_one_mode_is_batch_norm_and_two_modes_part_two_populations():
+    single, batch = randomize(make("mode_norm", modes=1)), make("batch_norm")
+    batch.load_state_dict(
+        {k: v for k, v in single.state_dict().items() if not k.startswith(("gate", "running"))}, False
+    )
+    for training in (True, True, False):
+        x = data()
+        expected = gradients(batch.train(training), x, [batch.weight, batch.bias])
+        for g, e in zip(gradients(single.train(training), x, [single.weight, single.bias]), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=1e-10)
+    torch.testing.assert_close(single.running_var[0], batch.running_var, rtol=0, atol=1e-10)
+
+    norm = make("mode_norm", affine=False)
+    with torch.no_grad():
+        norm.gate_weight.copy_(torch.tensor([[100.0], [-100.0]]))
+    x = torch.cat([10 + data((3, 16, 7)), -10 + 0.1 * data((3, 16, 7), seed=1)])
+    plain = make("batch_norm", affine=False)
+    torch.testing.assert_close(norm(x), torch.cat([plain(x[:3]), plain(x[3:])]), rtol=0, atol=1e-8)
+
+
+def em(x: np.ndarray, steps: int, k: int, eps: float = 1e-5) -> np.ndarray:
+    """Responsibilities of a diagonal Gaussian mixture for points (n, c), by SciPy's densities."""
+    mu = np.stack([x.mean(0) + norm_distribution.ppf((j + 0.5) / k) * x.std(0) for j in range(k)])
+    var, weight = np.stack([x.var(0)] * k), np.full(k, 1 / k)
+    for step in range(steps):
+        density = [norm_distribution.logpdf(x, mu[j], np.sqrt(var[j] + eps)).sum(1) for j in range(k)]
+        p = softmax(np.log(weight) + np.stack(density, 1), 1)
+        if step < steps - 1:
+            mu = np.stack([np.average(x, 0, p[:, j]) for j in range(k)])
+            var = np.stack([np.average((x - mu[j]) ** 2, 0, p[:, j]) for j in range(k)])
+            weight = p.mean(0)
+    return p
+
+
+@pytest.mark.parametrize("components", [2, 3])
+def test_mixture_norm(components):
+    norm = randomize(make("mixture_norm", channels=2, components=components))
+    start = {key: value.clone() for key, value in norm.state_dict().items()}
+    x = data((6, 2, 7)) * torch.where(torch.arange(6) < 3, 0.2, 3.0)[:, None, None]
+    points = x.movedim(1, -1).reshape(-1, 2)
+    p = torch.from_numpy(em(points.numpy(), 3, components)).view(6, 7, components)
+    assert ((p > 0.02) & (p < 0.98)).any()  # a soft assignment
+
+    def formula(x):
+        y = 0
+        for k in range(components):
+            q = p[..., k].unsqueeze(1)
+            mu = (q * x).sum((0, 2), keepdim=True) / q.sum()
+            var = (q * (x - mu) ** 2).sum((0, 2), keepdim=True) / q.sum()
+            y = y + q / q.mean().sqrt() * (x - mu) / (var + 1e-5).sqrt()
+        return y * column(norm.weight) + column(norm.bias)
+
+    assert_formula(norm, formula, x)
+    q = p.reshape(-1, components)
+    torch.testing.assert_close(norm.running_weight, 0.9 / components + 0.1 * q.mean(0), rtol=0, atol=1e-10)
+    for k in range(components):
+        mu = (q[:, k, None] * points).sum(0) / q[:, k].sum()
+        var = (q[:, k, None] * (points - mu) ** 2).sum(0) / q[:, k].sum() * q[:, k].sum() / (q[:, k].sum() - 1)
+        torch.testing.assert_close(norm.running_mean[k], 0.9 * start["running_mean"][k] + 0.1 * mu)
+        torch.testing.assert_close(norm.running_var[k], 0.9 * start["running_var"][k] + 0.1 * var)
+    norm.reset_running_stats()
+    assert all(torch.equal(norm.state_dict()[key], value) for key, value in start.items())
+
+
+def test_one_component_is_batch_norm_and_two_part_what_is_apart():
+    single, batch = make("mixture_norm", components=1), make("batch_norm")
+    for training in (True, True, False):
+        x = data()
+        expected = gradients(batch.train(training), x, [batch.weight, batch.bias])
+        for g, e in zip(gradients(single.train(training), x, [single.weight, single.bias]), expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=1e-10)
+    torch.testing.assert_close(single.running_var[0], batch.running_var, rtol=0, atol=1e-10)
+    x = torch.cat([100 + data((3, 16, 7)), -100 + 0.1 * data((3, 16, 7), seed=1)])
+    plain = make("batch_norm", affine=False)
+    expected = 2**0.5 * torch.cat([plain(x[:3]), plain(x[3:])])
+    torch.testing.assert_close(make("mixture_norm", affine=False)(x), expected, rtol=0, atol=1e-8)
+
+
+# ---- shares of the sample's own --------------------------------------------------------------------------------------
+
+
+def test_exemplar_norm():
+    norm, x = randomize(make("exemplar_norm", reduction=4, hidden=5)), data()
+    assert norm.narrow.shape == (4, 16)
+
+    def formula(x):
+        pairs = three_moments(x)
+        pooled = x.mean(2, keepdim=True)
+        rows = [norm.narrow @ ((pooled - m) / (v + 1e-5).sqrt()) for m, v in pairs]
+        z = torch.cat(rows, 2).mT
+        gram = torch.einsum("bic,bjc->bij", z, z).reshape(6, 9)
+        shares = ((gram @ norm.first.mT).tanh() @ norm.second.mT).softmax(1)
+        y = sum(shares[:, k, None, None] * (x - m) / (v + 1e-5).sqrt() for k, (m, v) in enumerate(pairs))
+        return y * column(norm.weight) + column(norm.bias)
+
+    assert_formula(norm, formula, x)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2)))
+
+
+def test_exemplar_norm_starts_with_equal_shares():
+    x = data()
+    parts = [make(name)(x) for name in ("instance_norm", "layer_norm_joint", "batch_norm")]
+    torch.testing.assert_close(make("exemplar_norm")(x), sum(parts) / 3, rtol=0, atol=1e-10)
+
+
+# ---- style -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("exchange", "dim"), [("samples", 0), ("channels", 1)])
+def test_cross_norm(exchange, dim):
+    norm, x = make("cross_norm", exchange=exchange, p=1.0), data()
+    assert torch.equal(norm.eval()(x), x)
+    norm.train()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        torch.rand(())  # whether at all
+        other = torch.rand(x.shape[dim]).argsort()
+
+        def formula(x, other=other):
+            mu, std = x.mean(2, keepdim=True), (x.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            return std.index_select(dim, other) * (x - mu) / std + mu.index_select(dim, other)
+
+        def call(x, seed=seed):
+            torch.manual_seed(seed)
+            return norm(x)
+
+        for g, e in zip(gradients(call, x), gradients(formula, x), strict=True):
+            torch.testing.assert_close(g, e, rtol=0, atol=1e-10)
+    assert torch.equal(make("cross_norm", p=0.0)(x), x)
+    torch.manual_seed(0)
+    passed = sum(torch.equal(make("cross_norm", p=0.3)(x), x) for _ in range(200))
+    assert 110 < passed < 170  # 200 * 0.7, four standard deviations
+    with pytest.raises(nz.NormzooError, match="exchange='space'"):
+        make("cross_norm", exchange="space")
+
+
+def test_cross_norm_takes_moments_without_the_padding():
+    norm, x = make("cross_norm", p=1.0, channel_dim=-1), data((4, 7, 16))
+    mask = torch.arange(7) < torch.tensor([7, 2, 4, 5])[:, None]
+    x[~mask] = float("nan")
+    torch.manual_seed(0)
+    y = norm(x, mask)
+    torch.manual_seed(0)
+    torch.rand(())
+    other = torch.rand(4).argsort()
+    for row in range(4):
+        own, style = x[row][mask[row]], x[other[row]][mask[other[row]]]
+        std, target = ((z.var(0, unbiased=False) + 1e-5).sqrt() for z in (own, style))
+        torch.testing.assert_close(y[row][mask[row]], (own - own.mean(0)) / std * target + style.mean(0))
+    assert y[~mask].abs().max() == 0
+    mask[1] = False
+    for seed in range(10):
+        torch.manual_seed(seed)
+        y = norm(x, mask)[[0, 2, 3]]
+        torch.manual_seed(seed)
+        without = norm(x[[0, 2, 3]], mask[[0, 2, 3]])
+        sizes = lambda z: sorted(row[m].std(0)[0].item() for row, m in zip(z, mask[[0, 2, 3]], strict=True))  # noqa: E731
+        assert sizes(y) == pytest.approx(sizes(without))  # the same styles are handed round among the others
+
+
+def test_self_norm():
+    norm, x = make("self_norm"), data()
+    torch.testing.assert_close(norm(x), x / 2)
+    with torch.no_grad():
+        for seed, parameter in enumerate(norm.parameters()):
+            parameter.copy_(data(parameter.shape, seed) / 5)
+
+    def formula(x):
+        mu, std = x.mean(2, keepdim=True), (x.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        f = torch.sigmoid(column(norm.f_weight[0]) * mu + column(norm.f_weight[1]) * std + column(norm.f_bias))
+        g = torch.sigmoid(column(norm.g_weight[0]) * mu + column(norm.g_weight[1]) * std + column(norm.g_bias))
+        return (g * std) * (x - mu) / std + f * mu
+
+    assert_formula(norm, formula)
+    y = norm(x)
+    mu = x.mean(2, keepdim=True)
+    std = (x.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    f = torch.sigmoid(column(norm.f_weight[0]) * mu + column(norm.f_weight[1]) * std + column(norm.f_bias))
+    torch.testing.assert_close(y.mean(2, keepdim=True), f * mu)  # the new mean, as the paper has it
 
 
 # ---- what all of them keep -------------------------------------------------------------------------------------------
@@ -238,11 +467,7 @@ def test_both_layouts_and_any_number_of_dimensions(spec):
     first, last = (fresh_of(spec, channel_dim=dim) for dim in (1, -1))
     torch.testing.assert_close(last(x.movedim(1, -1)).movedim(-1, 1), first(x), rtol=0, atol=1e-10)
     torch.testing.assert_close(first(x.flatten(2)).view(x.shape), first(x), rtol=0, atol=1e-10)
-    if spec in SEVERAL_POSITIONS:
-        with pytest.raises(nz.NormzooError, match="one value per statistic"):
-            first(x[..., 0, 0])
-    else:
-        assert first(x[..., 0, 0]).shape == (3, 16)
+    assert first(x[..., 0, 0]).shape == (3, 16)
 
 
 @pytest.mark.parametrize("padding", [0.0, 1e30, float("nan")])
@@ -272,7 +497,7 @@ def test_padding_is_not_there(spec, padding):
     assert all(torch.equal(norm.get_buffer(key), b) for key, b in before.items())
 
 
-@pytest.mark.parametrize("spec", BATCH)
+@pytest.mark.parametrize("spec", [spec for spec in BATCH if spec != "mixture_norm"])  # its responsibilities are fixed
 def test_gradients_of_first_and_second_order(spec):
     x = data((2, 8, 3)).requires_grad_()
     for training in (True, False):
@@ -349,7 +574,7 @@ def test_declared_invariances(spec):
     assert not same(norm(changed)[:-1], norm(x)[:-1])
 
 
-@pytest.mark.parametrize("spec", BATCH)
+@pytest.mark.parametrize("spec", [*BATCH, "cross_norm", "self_norm"])
 def test_papers_are_cited(spec):
     found = nz.info(spec.partition("(")[0])
     assert found.paper is not None

@@ -25,6 +25,7 @@ POINTWISE = ["derf", "dyisru", "dyt", "layer_scale", "rezero", "skip_init"]
 PER_SAMPLE = [
     "divisive_norm", "evonorm_s0", "evonorm_s1", "evonorm_s2", "filter_response_norm",
     "filter_response_norm(learned_eps=True, tlu=False)", "grn", "local_context_norm(window=3)", "region_norm", "revin",
+    "self_norm",
 ]  # fmt: skip
 SPATIAL = ["divisive_norm", "local_context_norm(window=3)"]  # they know which positions are neighbours
 ALL = [*PER_POSITION, *POINTWISE, *PER_SAMPLE]

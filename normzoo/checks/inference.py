@@ -1,4 +1,4 @@
-"""What a norm does, found out by trying: one element of the input is moved, and whatever moves in the output was told."""
+"""What a norm does, found out by trying: one element of the input is moved, and what moves in the output needs it."""
 
 from __future__ import annotations
 
@@ -82,23 +82,31 @@ def _state(subject: Subject) -> dict[str, bool | str]:
 
 
 def _scale(subject: Subject) -> dict[str, bool | str]:
-    # large numbers, so that eps is nothing beside the statistics
-    return {"scale_invariant": not differs_under(subject, lambda x: 4 * x, peak=1e4, tolerance=1e-5)}
+    return {"scale_invariant": not moved_by_scale(subject)}
 
 
 def _shift(subject: Subject) -> dict[str, bool | str]:
-    return {"shift_invariant": not differs_under(subject, lambda x: x + 10, tolerance=1e-7)}
+    return {"shift_invariant": not moved_by_shift(subject)}
 
 
-def differs_under(
-    subject: Subject, change: Callable[[Tensor], Tensor], *, tolerance: float, peak: float | None = None
-) -> float:
-    """How far the output in training moves when the input is changed, relative to its size; 0 within ``tolerance``."""
-    x = subject.data(peak=peak)
-    norm = subject.make()
+def moved_by_scale(subject: Subject) -> float:
+    """How far four times the input moves the output in training, relative to its size; 0 where it does not.
+
+    On large numbers, beside which eps is nothing, and again on smaller ones, which do not saturate everything.
+    """
+    return max(_difference(subject, peak, lambda x: 4 * x, tolerance) for peak, tolerance in ((1e4, 1e-5), (1e2, 1e-3)))
+
+
+def moved_by_shift(subject: Subject) -> float:
+    """How far the input plus ten moves the output in training, relative to its size; 0 where it does not."""
+    return _difference(subject, 5.0, lambda x: x + 10, 1e-7)
+
+
+def _difference(subject: Subject, peak: float, change: Callable[[Tensor], Tensor], tolerance: float) -> float:
+    x, norm = subject.data(peak=peak), subject.make()
     one, other = call(twin(norm), x).detach(), call(twin(norm), change(x)).detach()
     difference = float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
-    return difference if not difference <= tolerance else 0.0
+    return 0.0 if difference <= tolerance else difference
 
 
 def _chance(subject: Subject) -> dict[str, bool | str]:

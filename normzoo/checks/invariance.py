@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normzoo.checks.inference import differs_under
+from normzoo.checks.inference import moved_by_scale, moved_by_shift
 from normzoo.checks.kit import check
 from normzoo.checks.subject import NotApplicable, Subject, call, require, same, twin
 
@@ -13,8 +13,7 @@ def scale_invariance(subject: Subject) -> str | None:
 
     Divide by something that grows with the input, and keep eps small beside it, or do not declare it.
     """
-    declared = subject.declared().scale_invariant
-    return _holds(declared, differs_under(subject, lambda x: 4 * x, peak=1e4, tolerance=1e-5), "4 x the input")
+    return _holds(subject.declared().scale_invariant, moved_by_scale(subject), "4 x the input")
 
 
 @check
@@ -23,8 +22,7 @@ def shift_invariance(subject: Subject) -> str | None:
 
     Subtract the mean, or do not declare it.
     """
-    declared = subject.declared().shift_invariant
-    return _holds(declared, differs_under(subject, lambda x: x + 10, tolerance=1e-7), "the input + 10")
+    return _holds(subject.declared().shift_invariant, moved_by_shift(subject), "the input + 10")
 
 
 def _holds(declared: bool, difference: float, what: str) -> str | None:

@@ -282,7 +282,8 @@ def check_norm(
         norm: as for :func:`normzoo.create`.
         only: names of checks, or an expression as for :func:`list_checks`.
         fail_fast: stop at the first failure.
-        expected_failures: for a check's name, the reason why it fails. One that passes is a failure.
+        expected_failures: for a check's name, the reason why it fails, beside those that the norm's own attribute
+            ``expected_failures`` names. One that passes is a failure.
         slow: include the checks that compile, export and start processes.
 
     Returns:
@@ -301,12 +302,12 @@ def check_norm(
             "check_norm was called while another process imported the norm's file; put the call under "
             "if __name__ == '__main__':"
         )
-    expected = dict(expected_failures or {})
+    checks = list_checks(only, slow=slow)
+    subject = Subject(norm)
+    expected = {**subject.expected_failures, **(expected_failures or {})}
     for name in expected:
         if name not in _checks:
             raise unknown("check", name, _checks)
-    checks = list_checks(only, slow=slow)
-    subject = Subject(norm)
     if any(c.slow for c in checks):
         pair.start()
     report = CheckReport(subject)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.errors import NormzooError
-from normzoo.layers.base import Norm, Traits
+from normzoo.layers.base import MomentNorm, Norm, Traits
 from normzoo.layers.foreign import ForeignNorm
 from normzoo.registry import Spec, create, label, resolve
 
@@ -120,6 +120,11 @@ class Subject:
         return self.traits
 
     @property
+    def expected_failures(self) -> Mapping[str, str]:
+        """The checks that the norm itself says it fails, and why: a paper that stops a gradient, for instance."""
+        return getattr(self._example, "expected_failures", {})
+
+    @property
     def foreign(self) -> bool:
         """Whether it is a plain module that knows nothing of the contract."""
         return isinstance(self._example, ForeignNorm)
@@ -146,6 +151,11 @@ class Subject:
             raise NotApplicable("keeps no statistics")
 
     @property
+    def virtual_batches(self) -> bool:
+        """Whether its pattern cuts the batch into parts, which follow the order and the number of the samples."""
+        return isinstance(self._example, MomentNorm) and self._example.pattern.factors[0] != ("b",)
+
+    @property
     def stochastic(self) -> bool:
         """Whether it is declared to draw random numbers in training."""
         return self.traits is not None and self.traits.stochastic
@@ -168,16 +178,16 @@ class Subject:
 
     def make(
         self,
+        options: Mapping[str, Any] | None = None,
         *,
         channel_dim: int = 1,
         dtype: torch.dtype = torch.float64,
         fresh: bool = False,
         training: bool = True,
         channels: int | None = None,
-        **options: Any,
     ) -> Norm:
         """A norm, with parameters away from their initial values unless ``fresh``; always the same ones."""
-        norm = create(self.spec, self.channels if channels is None else channels, channel_dim, **options)
+        norm = create(self.spec, self.channels if channels is None else channels, channel_dim, **(options or {}))
         if not fresh:
             randomize(norm)
         if isinstance(norm, ForeignNorm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from normzoo.checks.subject import (
     twin,
 )
 
+_steps = itertools.count()
 _ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -78,7 +80,7 @@ def functional_call(subject: Subject) -> None:
 
 @check
 def vmap(subject: Subject) -> None:
-    """Several norms run as one under torch.func.vmap, with parameters and buffers stacked, as models of several seeds do.
+    """Several norms run as one under torch.func.vmap with their parameters and buffers stacked, as several seeds do.
 
     Do not branch on values, and update buffers in place by operations that vmap knows.
     """
@@ -138,7 +140,8 @@ def compile(subject: Subject) -> None:
     def step(x: Tensor) -> Tensor:
         return norm(x)
 
-    step.__code__ = step.__code__.replace()  # code of its own: the compiler counts and caches by code
+    # code with a name of its own: the compiler counts by code object, and learns which sizes vary by name
+    step.__code__ = step.__code__.replace(co_name=f"step_{next(_steps)}")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for training, steps in ((True, 4), (False, 2)):
@@ -230,7 +233,7 @@ def _trained(subject: Subject) -> nn.Module:
 
 @check(slow=True)
 def synchronization(subject: Subject) -> None:
-    """With sync=True, two processes compute what one does on the whole batch: also with unequal, empty and padded shares.
+    """With sync=True two processes compute what one does on the whole batch, with unequal, empty and padded shares.
 
     Merge the moments of all processes by their numbers of real elements; a mean of means is another thing.
     """

@@ -50,7 +50,7 @@ class _Skipping:
             raise CheckFailed(f"{label(norm)} fails {self.check.name}: {failure}\n{self.check.mend}") from failure
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def _subject(norm: Spec) -> Subject:
     return Subject(norm)
 
@@ -95,7 +95,8 @@ def parametrize_with_checks(
         raise NormzooError(f"two of the norms are called {twice!r}; give them names, or test them apart")
     parameters = []
     for norm, name in zip(norms, names, strict=True):
-        expected = {**expected_failures.get(name, {}), **(expected_failures.get(norm, {}) if norm != name else {})}
+        expected = {**_subject(norm).expected_failures, **expected_failures.get(name, {})}
+        expected |= expected_failures.get(norm, {})
         for check in checks:
             if select is None or select(norm, check):
                 reason = expected.get(check.name)

@@ -123,31 +123,28 @@ def gain_and_shift(subject: Subject) -> None:
     Look for a fused path that falls through, or applies the affine part a second time.
     """
     norm, x = subject.make(), subject.data()
-    if subject.traits is not None and subject.traits.includes_activation:
-        raise NotApplicable("includes an activation")
-    roles = {n: norm.roles.get(n, "other") for n, _ in norm.named_parameters()}
-    tested = [n for n, role in roles.items() if role in ("gain", "shift")]
-    if not tested:
-        raise NotApplicable("has neither gain nor shift")
-    if subject.foreign and "shift" not in roles.values():
-        raise NotApplicable("undeclared")
-
-    def curvature(name: str) -> float:
+    roles = {name: norm.roles.get(name, "other") for name, _ in norm.named_parameters()}
+    linear = []
+    for name in (name for name, role in roles.items() if role in ("gain", "shift")):
         outputs = []
-        for factor in (0.0, 1.0, 2.0):
+        for factor in range(5):
             changed = twin(norm)
             with torch.no_grad():
                 changed.get_parameter(name).mul_(factor)
                 outputs.append(call(changed, x))
-        bent = outputs[2] - 2 * outputs[1] + outputs[0]
-        return float(bent.abs().max() / torch.stack(outputs).abs().max())
-
-    shifts = [n for n in tested if roles[n] == "shift"]
-    if subject.foreign and any(curvature(n) > 1e-9 for n in shifts):
-        raise NotApplicable("includes an activation")
-    for name in tested:
-        bent = curvature(name)
-        require(bent <= 1e-9, f"the output is not linear in {name} (off by {bent:.2g}): it is applied more than once")
+        differences = torch.stack(outputs)
+        size, bends = differences.abs().max(), []
+        for _ in range(4):
+            differences = differences.diff(dim=0)
+            bends.append(float(differences.abs().max() / size))
+        # linear: the second differences vanish; a square or a cube: the third or fourth do. Anything else, as a gain
+        # before an activation or before a second normalisation, is the norm's own affair.
+        if bends[1] <= 1e-9:
+            linear.append(name)
+        elif bends[2] <= 1e-9 or bends[3] <= 1e-9:
+            raise CheckFailed(f"the output is a polynomial of {name}, a {roles[name]}: it is applied more than once")
+    if not linear:
+        raise NotApplicable("scales and shifts nothing at its end")
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -259,7 +256,7 @@ def half_precision(subject: Subject) -> None:
     for dtype in HALVES:
         tolerance = 8 * torch.finfo(dtype).eps
         for cast in (True,) if subject.foreign else (True, False):
-            for peak in (1e-6, 1e-3, 1.0, 1e2, 1e3, 1e4):
+            for peak in (1.0, 1e2, 1e3, 1e4, 1e-3, 1e-6):
                 made = subject.make(dtype=torch.float32)
                 _without_shift(made)
                 half = made.to(dtype) if cast else made
@@ -270,7 +267,8 @@ def half_precision(subject: Subject) -> None:
                 for name in ("the output", *(["the gradient of the input"] if peak >= 1 else [])):
                     if name in expected:
                         same(got[name], expected[name], f"{where}: {name}", tolerance)
-                finite(got, where)
+                large = torch.finfo(dtype).max / 4  # beyond it half precision cannot say it
+                finite({name: got[name] for name, g in expected.items() if g.abs().max() < large}, where)
                 if not subject.foreign:
                     same(call(half.eval(), x), call(oracle.eval(), x.float()), f"{where}: in evaluation", tolerance)
 
@@ -357,7 +355,7 @@ def any_batch_size(subject: Subject) -> None:
     """
     samples = subject.data((65, 4))
     norm = subject.make()
-    call(norm, samples)
+    call(norm, subject.data())
     for size in (*range(1, 10), 33, 65):
         for training in (True, False):
             if training and size == 1:
@@ -398,6 +396,7 @@ def one_position(subject: Subject) -> None:
 
     Raise a ValueError that says what to use instead, or make sure that nothing divides by the count less one.
     """
+    refused = False
     for shape in ((6, 1), (6, 1, 1), (1, 1), (1,)):
         for training in (True, False):
             norm = subject.make()
@@ -409,7 +408,8 @@ def one_position(subject: Subject) -> None:
             try:
                 found = gradients(norm, subject.data(shape))
             except ValueError as refusal:
-                if subject.stateful and not training:
+                refused = refused or (training and shape[0] > 1)  # a position is too little, however many samples
+                if subject.stateful and not training and not refused:
                     raise CheckFailed(f"{where}: {refusal}") from refusal
                 continue
             finite(found | state(norm), where)

@@ -57,7 +57,6 @@ class RepBatchNorm(MomentNorm):
     """
 
     moments = "b c s -> c"
-    roles = {"weight": "gain", "bias": "shift", "eta": "gain"}
     paper = Paper(
         "Guo et al.", 2024,
         "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive Re-parameterized Batch "

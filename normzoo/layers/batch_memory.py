@@ -359,7 +359,7 @@ class MemorizedBatchNorm(RecentBatchesNorm):
     ) -> None:
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         self.set_up(window, decay)
-        self.running_mean = self.running_var = None
+        self.drop("running_mean", "running_var")
         self._shown = {"eps": self.eps, "window": window, "decay": decay}
 
     def population(self) -> Moments:
@@ -525,8 +525,8 @@ class VirtualBatchNorm(HistoryNorm):
         assert self.running_var is not None
         self.buffer("reference_mean", 0.0, num_features, like=self.running_var)
         self.buffer("reference_var", 1.0, num_features, like=self.running_var)
-        self.buffer("reference_samples", 0.0, like=self.running_var)
-        self.running_mean = self.running_var = None
+        self.buffer("reference_samples", 0.0, 1, like=self.running_var)  # torch.compile forgets to write a scalar
+        self.drop("running_mean", "running_var")
         self.remember_before()
         self.capturing = False
         self._shown = {"eps": self.eps}
@@ -553,14 +553,11 @@ class VirtualBatchNorm(HistoryNorm):
         if self.capturing:
             self.check_count(x, mask, False)
         batch = moments_of(x, mask)
-        present = float(len(x)) if mask is None else mask.any(2).sum().to(samples.dtype)
+        present = torch.full_like(samples, len(x)) if mask is None else mask.any(2).sum().view(1)
+        news = {"reference_mean": batch[0], "reference_var": batch[1], "reference_samples": present.to(samples.dtype)}
         self.count(
-            torch.as_tensor(total(x, mask), device=x.device).view(1) * capture,
-            {
-                "reference_mean": batch[0],
-                "reference_var": batch[1],
-                "reference_samples": torch.as_tensor(present, device=x.device),
-            },
+            total(x, mask),
+            {name: torch.where(capture.view(()), new, self.recall(name).view(new.shape)) for name, new in news.items()},
         )
         return torch.where(capture, batch[0], mean), torch.where(capture, batch[1], var)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from normzoo import ops
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import FormulaNorm, MomentNorm, Paper, Traits, in_backward
 from normzoo.ops import Moments
@@ -149,6 +150,12 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
         """Register a constant buffer with the dtype and device of ``like``; it stays float32 or wider."""
         self.register_buffer(name, torch.full(shape, value, device=like.device, dtype=like.dtype))
 
+    def drop(self, *names: str) -> None:
+        """Make running statistics that this norm has not a plain ``None``: torch.export trips over empty buffers."""
+        for name in names:
+            delattr(self, name)
+            setattr(self, name, None)
+
     @property
     def counts(self) -> bool:
         """Whether this forward pass counts: in training, not held, and not repeated inside a backward pass."""
@@ -243,7 +250,7 @@ class MeanOnlyBatchNorm(BatchFormulaNorm):
             channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
         self.weight = None
-        self.running_var = None
+        self.drop("running_var")
         del self._shown["eps"]
 
     @property
@@ -324,7 +331,7 @@ class VarianceNorm(BatchFormulaNorm):
             num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
-        self.running_mean = None
+        self.drop("running_mean")
 
     @property
     def traits(self) -> Traits:
@@ -366,8 +373,8 @@ class DeviationNorm(BatchFormulaNorm):
             num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
-        scale, self.running_var = self.running_var, None  # an average of variances it is not
-        self.register_buffer("running_scale", scale)
+        self.register_buffer("running_scale", self.running_var)
+        self.drop("running_var")
 
     @abstractmethod
     def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -728,7 +735,26 @@ class FrozenBatchNorm(MomentNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Standardise by the stored statistics, whatever the mode."""
-        return self.standardize(x, mask, channels_last, given=self.population())[0]
+        # copies: a graph must survive that other numbers are loaded over them
+        mean, var, weight, bias = (
+            None if buffer is None else buffer.clone()
+            for buffer in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        assert mean is not None
+        assert var is not None
+        given = Moments(mean, var, 1.0)
+        y, _ = ops.standardize(
+            x,
+            self.pattern,
+            {},
+            channels_last=channels_last,
+            eps=self.eps,
+            weight=weight,
+            bias=bias,
+            mask=mask,
+            given=given,
+        )
+        return y
 
     def reset_running_stats(self) -> None:
         """Refuse: frozen statistics are not forgotten."""

@@ -111,7 +111,7 @@ class EvoNormB0(EvoNormB):
         )  # fmt: skip
         self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if affine else None
 
-    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
         """The expression B0."""
         own = (moments(x, mask, (2,))[1] + self.eps).sqrt()
         return x / torch.maximum((var + self.eps).sqrt(), (x if self.v is None else column(self.v) * x) + own)
@@ -152,7 +152,7 @@ class EvoNormB1(EvoNormB):
         Liu et al. 2020, Evolving Normalization-Activation Layers, arXiv 2004.02967, appendix.
     """
 
-    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
         """The expression B1."""
         own = (mean(x.square(), mask, (2,)) + self.eps).sqrt()
         return x / torch.maximum((var + self.eps).sqrt(), (x + 1) * own)
@@ -195,7 +195,7 @@ class EvoNormB2(EvoNormB):
 
     invariant = True
 
-    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
         """The expression B2."""
         own = (mean(x.square(), mask, (2,)) + self.eps).sqrt()
         return x / torch.maximum((var + self.eps).sqrt(), own - x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normzoo.errors import OptionError
 from normzoo.layers.base import FormulaNorm, Paper, Traits, choose_groups
-from normzoo.layers.parts import PER_POSITION, mean, wide
+from normzoo.layers.parts import PER_POSITION, full_precision, mean, wide
 from normzoo.registry import register
 
 
@@ -124,7 +124,7 @@ class SpatialFormulaNorm(FormulaNorm):
         z = x.movedim(self.channel_dim, 1)
         mask = None if mask is None else mask.unsqueeze(1)
         z = z if mask is None else torch.where(mask, z, 0)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             y = self.formula(wide(z), mask)
             shape = (-1,) + (1,) * (x.ndim - 2)
             y = y if self.weight is None else y * self.weight.view(shape)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from normzoo.errors import OptionError
 from normzoo.layers.base import Norm, Paper, Traits
 from normzoo.layers.batch import BatchNorm
-from normzoo.layers.parts import BatchFormulaNorm, column, moments, wide
+from normzoo.layers.parts import BatchFormulaNorm, column, gate_weights, moments, wide
 from normzoo.layers.sample import InstanceNorm
+from normzoo.ops import affine
 from normzoo.registry import register
 
 
@@ -55,7 +56,7 @@ class MixedMomentsNorm(BatchFormulaNorm):
         """Three shares that sum to one, for instance, layer and batch norm."""
         return wide(weights).softmax(0)
 
-    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
         """Standardise by the mixed moments."""
         mu_in, var_in = moments(x, mask, (2,))
         mu_ln, var_ln = moments(x, mask, (1, 2))
@@ -289,6 +290,10 @@ class BatchInstanceNorm(BatchFormulaNorm):
     """
 
     roles = {"weight": "gain", "bias": "shift", "gate": "share"}
+    expected_failures = {
+        name: "a share beyond 0 or 1 is clipped, and its gradient passed on so that it can come back"
+        for name in ("gradcheck", "gradgradcheck")
+    }
     paper = Paper("Nam & Kim", 2018, "Batch-Instance Normalization", "1805.07925")
 
     def __init__(
@@ -322,13 +327,24 @@ class BatchInstanceNorm(BatchFormulaNorm):
             shift_invariant=True,
         )
 
-    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
         """Both, in the shares of the gate."""
         mu_in, var_in = moments(x, mask, (2,))
         gate = column(self.gate)
         share = gate + (gate.clamp(0, 1) - gate).detach()
         batch = (x - mu) * torch.rsqrt(var + self.eps)
         return share * batch + (1 - share) * ((x - mu_in) * torch.rsqrt(var_in + self.eps))
+
+
+class _InstanceHalf(InstanceNorm):
+    """Instance norm that answers a single position with its shift, since the other half can do more with it."""
+
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Instance norm; of one position only the shift is left."""
+        if x.shape[1 if channels_last else 2] != 1:
+            return super().normalize(x, mask, channels_last)
+        y = affine(torch.zeros_like(x), self.weight, self.bias, channels_last).to(x.dtype)
+        return y if mask is None else torch.where(mask.unsqueeze(-1 if channels_last else 1), y, 0)
 
 
 @register("ibn", aliases=("ibn_a", "instance_batch_norm"))
@@ -353,11 +369,11 @@ class IBN(Norm):
         dtype: their dtype.
 
     Shape:
-        ``(N, C, *S)`` or ``(N, *S, C)`` to the same, with more than one position.
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same. On a single position the first half is its shift.
 
     Raises:
         OptionError: when one of the halves would be empty.
-        NormzooError: for a single position.
+        NormzooError: in training, for one sample with one position.
 
     Example:
         >>> IBN(8)(torch.randn(4, 8, 5, 5)).shape
@@ -394,7 +410,7 @@ class IBN(Norm):
                 "to batch norm; expected at least one for each"
             )
         self.halves = [half, num_features - half]
-        self.instance = InstanceNorm(half, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
+        self.instance = _InstanceHalf(half, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         self.batch = BatchNorm(
             num_features - half, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
@@ -412,8 +428,115 @@ class IBN(Norm):
             shift_invariant=True,
         )
 
+    def extra_repr(self) -> str:
+        """The number of channels, of which the halves are named beside their norms."""
+        return str(self.num_features)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise the halves apart."""
         self.check_input(x, mask)
         first, second = x.split(self.halves, self.channel_dim)
         return torch.cat([self.instance(first, mask), self.batch(second, mask)], self.channel_dim)
+
+
+@register("exemplar_norm", contrib=True)
+class ExemplarNorm(BatchFormulaNorm):
+    r"""Mix instance norm, layer norm and batch norm in shares that each sample chooses for itself.
+
+    .. math:: y = \gamma_c \sum_k \lambda_{b,k} \frac{x - \mu_k}{\sqrt{\sigma_k^2 + \varepsilon}} + \beta_c, \qquad
+              \lambda_b = \operatorname{softmax}\big(F(Z_b Z_b^\top)\big), \quad
+              Z_{b,k} = V\, \frac{\operatorname{mean}_s x - \mu_k}{\sqrt{\sigma_k^2 + \varepsilon}}
+
+    over :math:`k` = instance, layer (channels and positions) and batch, with one linear map :math:`V` to
+    ``C / reduction`` numbers for all three, and :math:`F` two linear maps with a tanh between.
+
+    Args:
+        num_features: number of channels ``C``.
+        reduction: by how much :math:`V` narrows the channels.
+        hidden: width between the two maps of :math:`F`.
+        eps: :math:`\varepsilon`, added to the variances.
+        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``); the shares are learned in any case.
+        momentum: weight of the new value in the running averages of the batch's part; ``None`` is the cumulative
+            average.
+        sync: take the batch's moments over all processes of ``torch.distributed``.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        OptionError: when a width is no positive whole number.
+        NormzooError: in training, for one sample with one position.
+
+    Example:
+        >>> ExemplarNorm(8)(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
+
+    Deviations:
+        There is no public code to compare with; the gate follows the paper's description, with one gain and shift for
+        all three norms, and starts with equal shares.
+
+    Reference:
+        Zhang et al. 2020, Exemplar Normalization for Learning Deep Representation, arXiv 2003.08761.
+    """
+
+    roles = {"weight": "gain", "bias": "shift", "narrow": "gate", "first": "gate", "second": "gate"}
+    paper = Paper("Zhang et al.", 2020, "Exemplar Normalization for Learning Deep Representation", "2003.08761")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        reduction: int = 32,
+        hidden: int = 50,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, sync=sync,
+            channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
+        for name, value in {"reduction": reduction, "hidden": hidden}.items():
+            if not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name}={value!r}; expected a positive whole number")
+        factory = {"device": device, "dtype": dtype}
+        self.narrow = gate_weights(max(num_features // reduction, 1), num_features, **factory)
+        self.first = gate_weights(hidden, 9, **factory)
+        self.second = nn.Parameter(torch.zeros(3, hidden, **factory))
+
+    @property
+    def traits(self) -> Traits:
+        """Everything that one of the three shares."""
+        return Traits(
+            batch_dependent=True,
+            causal=False,
+            causal_in_training=False,
+            stateful=True,
+            scale_invariant=True,
+            shift_invariant=True,
+        )
+
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+        """Standardise three times, in the shares of the sample."""
+        own, own_var = moments(x, mask, (2,))
+        pairs = [(own, own_var), moments(x, mask, (1, 2)), (mu, var)]
+        scaled = [(m, torch.rsqrt(v + self.eps)) for m, v in pairs]
+        z = torch.stack([_times(((own - m) * inverse).squeeze(2), self.narrow) for m, inverse in scaled], 1)
+        gram = (z.unsqueeze(1) * z.unsqueeze(2)).sum(3)
+        shares = _times(_times(gram.flatten(1), self.first).tanh(), self.second).softmax(1)
+        y = torch.zeros_like(x)
+        for k, (m, inverse) in enumerate(scaled):
+            y = y + shares[:, k, None, None] * ((x - m) * inverse)
+        return y
+
+
+def _times(x: Tensor, weights: Tensor) -> Tensor:
+    """A linear map as products and sums: autocast would round a matrix product, in the backward pass too."""
+    return (x.unsqueeze(1) * wide(weights).to(x.dtype)).sum(2)

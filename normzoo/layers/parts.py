@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normzoo import ops
 from normzoo.errors import NormzooError
@@ -57,6 +58,12 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast, on any device; some, such as ``meta``, have none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def column(parameter: Tensor) -> Tensor:
     """A parameter for each channel, as it meets ``(b, c, s)``: in float32 at least."""
     return wide(parameter).view(-1, 1)
@@ -67,6 +74,18 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def gate_weights(
+    *shape: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> nn.Parameter:
+    """Normal numbers over the root of the last size: random, for gates that must differ, yet the same in any process.
+
+    >>> torch.equal(gate_weights(2, 8), gate_weights(2, 8))
+    True
+    """
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / shape[-1] ** 0.5
+    return nn.Parameter(values.to(device=device, dtype=dtype or torch.get_default_dtype()))
+
+
 class WholeFormulaNorm(FormulaNorm):
     """A formula norm whose formula holds its parameters too, for a gain and shift that are not last and plain."""
 
@@ -75,19 +94,14 @@ class WholeFormulaNorm(FormulaNorm):
         z = x.mT if channels_last else x
         mask = None if mask is None else mask.unsqueeze(1)
         z = z if mask is None else torch.where(mask, z, 0)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             z = self.formula(wide(z), mask)
         z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
         return z.mT if channels_last else z
 
 
-class BatchFormulaNorm(MomentNorm):
-    r"""A norm that mixes batch statistics with something else, written as a formula.
-
-    The moments of the batch, :math:`\mu_c` and :math:`\sigma_c^2` (biased), come as differentiable tensors of shape
-    ``(1, c, 1)``, synchronised and counted into the running averages; in evaluation the running averages come in
-    their place. Gain and shift for each channel follow the formula.
-    """
+class StatefulFormulaNorm(MomentNorm):
+    """A formula norm with running averages: abstract. Gain and shift for each channel follow the formula."""
 
     moments = "b c s -> c"
 
@@ -110,7 +124,7 @@ class BatchFormulaNorm(MomentNorm):
         )  # fmt: skip
 
     @abstractmethod
-    def formula(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The norm without its affine part: ``x`` is ``(b, c, s)``, ``mask`` is ``(b, 1, s)`` or ``None``."""
 
     def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
@@ -122,11 +136,41 @@ class BatchFormulaNorm(MomentNorm):
                 "for a last batch of one), or a norm without batch statistics (layer_norm, group_norm)"
             )
 
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Bring the input to the formula, and its result back."""
+        if self.training or not self.track_running_stats:
+            self.check_count(x, mask, channels_last)
+        z = x.mT if channels_last else x
+        mask = None if mask is None else mask.unsqueeze(1)
+        z = z if mask is None else torch.where(mask, z, 0)
+        with full_precision(x):
+            z = ops.affine(self.formula(wide(z), mask), self.weight, self.bias, channels_last=False)
+        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
+        return z.mT if channels_last else z
+
+
+class BatchFormulaNorm(StatefulFormulaNorm):
+    r"""A norm that mixes batch statistics with something else: abstract.
+
+    The moments of the batch, :math:`\mu_c` and :math:`\sigma_c^2` (biased), come as differentiable tensors of shape
+    ``(1, c, 1)``, synchronised and counted into the running averages; in evaluation the running averages come in
+    their place.
+    """
+
+    @abstractmethod
+    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+        """The norm without its affine part, from the moments of the batch."""
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Find the moments, then combine."""
+        return self.combine(x, mask, *self.batch_moments(x, mask))
+
     def batch_moments(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The moments of the batch, counted into the running averages in training; else these averages."""
         if self.track_running_stats and not self.training:
+            # copies: a later training step writes into the buffers, which a backward pass may still need
             population = self.population()
-            return population.mean.view(1, -1, 1), population.var.view(1, -1, 1)
+            return population.mean.clone().view(1, -1, 1), population.var.clone().view(1, -1, 1)
         count = number(x, mask, (0, 2))
         mu, var = moments(x, mask, (0, 2))
         if isinstance(count, Tensor):
@@ -136,17 +180,3 @@ class BatchFormulaNorm(MomentNorm):
         seen = count.detach().flatten() if isinstance(count, Tensor) else torch.full_like(var[0, :, 0], count)
         self.update(Moments(mu.detach().flatten(), var.detach().flatten(), seen))
         return mu, var
-
-    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
-        """Bring the input and the moments to the formula, and its result back."""
-        if self.training or not self.track_running_stats:
-            self.check_count(x, mask, channels_last)
-        z = x.mT if channels_last else x
-        mask = None if mask is None else mask.unsqueeze(1)
-        z = z if mask is None else torch.where(mask, z, 0)
-        with torch.autocast(x.device.type, enabled=False):
-            z = wide(z)
-            z = self.formula(z, mask, *self.batch_moments(z, mask))
-            z = ops.affine(z, self.weight, self.bias, channels_last=False)
-        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
-        return z.mT if channels_last else z

@@ -1,4 +1,4 @@
-"""Networks that take any norm: fully connected, convolutional, recurrent, and Transformers.
+"""Networks that take any norm, fully connected, convolutional, recurrent and Transformers, and some that do without.
 
 >>> import torch
 >>> model = create_model("lstm", norm="layer_norm", inputs=Inputs((8, 8)), outputs=10, width=16)

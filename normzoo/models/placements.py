@@ -177,6 +177,9 @@ class DeepNorm(Placement):
         alpha: scale of the residual; ``None`` is the paper's for a network of encoder or decoder alone.
         beta: scale of the initial weights; ``None`` is the paper's.
 
+    The paper's bound on how far a step of SGD moves the answer is about these weights. Biases and the norms' own
+    parameters are not in it: with them, a step moves the answer further in deeper networks.
+
     Deviations:
         Queries, keys and values start as one Xavier matrix, as in the authors' code, not as three.
 

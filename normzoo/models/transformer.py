@@ -153,10 +153,10 @@ def find_placement(spec: str) -> partial[Placement]:
     Raises:
         NormzooError: for an unknown name or option, with the closest ones, and for options that are no literals.
     """
-    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", spec, re.DOTALL)
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", str(spec), re.DOTALL)
     name = _canonical(match[1]) if match else None
     if match is None or name is None:
-        raise unknown("placement", match[1] if match else spec, [*PLACEMENTS, *_aliases.values()])
+        raise unknown("placement", match[1] if match else str(spec), PLACEMENTS)
     cls = PLACEMENTS[name]
     options = _literals(spec, match[2] or "")
     parameters = inspect.signature(cls).parameters.values()
@@ -188,6 +188,8 @@ class PreNorm(Placement):
 
     .. math:: y = x + f(\mathrm{norm}(x))
 
+    Sites: ``blocks.0.attention``, ``blocks.0.mlp``, and ``final``.
+
     Source:
         Xiong et al. 2020, On Layer Normalization in the Transformer Architecture, arXiv 2002.04745.
     """
@@ -204,6 +206,8 @@ class PostNorm(Placement):
     r"""The norm follows the sum.
 
     .. math:: y = \mathrm{norm}(x + f(x))
+
+    Sites: ``blocks.0.attention``, ``blocks.0.mlp``.
 
     Source:
         Vaswani et al. 2017, Attention Is All You Need, arXiv 1706.03762.

@@ -88,7 +88,7 @@ class Pattern:
         """
         sizes = {}
         for name, group, total in zip(CANONICAL, self.factors, shape, strict=True):
-            given = math.prod(options[axis] for axis in group if axis != name)
+            given = math.prod([options[axis] for axis in group if axis != name])  # a list, for torch.compile
             if given < 1 or total % given:
                 raise NormzooError(
                     f"pattern {str(self)!r}: an axis {name!r} of size {total} cannot be split by "

@@ -201,6 +201,8 @@ def held_fixed(results: Results, comparisons: Sequence[Comparison], name: Name) 
     threads = sorted({int(v) for v in results.column("config.threads")})
     if len(threads) == 1:
         lines.append(f"Every run used {count(threads[0], 'thread')}.")
+    if threads == [1] and set(results.column("config.accelerator")) == {"cpu"}:
+        lines.append("ms/step is the median CPU time of a training step, forward, backward and update.")
     return [line for line in lines if line]
 
 

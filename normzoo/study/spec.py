@@ -78,7 +78,7 @@ class Study:
     Example:
         >>> study = Study("tiny", norms=["batch_norm", "rms_norm"], tasks=["digits/cnn"], seeds=range(2))
         >>> [cell.label for cell in study.cells()][:2]
-        ['digits/cnn batch_norm seed 0', 'digits/cnn batch_norm seed 1']
+        ['digits/cnn batch_norm seed 0', 'digits/cnn rms_norm seed 0']
     """
 
     name: str
@@ -139,7 +139,7 @@ class Study:
         return pairs
 
     def cells(self) -> list[Cell]:
-        """Everything to be trained, the seeds varying fastest.
+        """Everything to be trained, the norms varying fastest.
 
         Raises:
             NormzooError: when two of them are the same training.
@@ -161,8 +161,8 @@ class Study:
                 source_hash=hashes[norm],
             )
             for task, setting in self._resolved
+            for seed in self.seeds  # so that what is compared is trained under the same conditions of the machine
             for label, norm in self.labels.items()
-            for seed in self.seeds
         ]
         seen: dict[str, Cell] = {}
         for cell in cells:

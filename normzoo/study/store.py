@@ -323,7 +323,8 @@ def load_results(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A row has the keys of `HEADER` and ``status`` (``done``, ``diverged`` or ``failed``), ``metrics`` (the last value of
     each; None for one that is not finite, and its name in ``nonfinite``), ``steps``, ``seconds`` (``total``, ``train``,
-    ``setup``, ``start``: from the runner's call to the cell's first line), ``step_ms``, ``parameters``,
+    ``setup``, ``start``: from the runner's call to the cell's first line), ``step_ms`` (median of a
+    training step: CPU time where one thread of the CPU does it, else wall time), ``parameters``,
     ``norm_parameters``, ``peak_memory_mb``, ``versions``, ``host`` (``platform``, ``cpu``, ``threads``,
     ``accelerator``), ``notes`` (what a reader of the result should know of the training), ``warnings``, ``error``
     (None, or ``type``, ``message``, ``traceback``) and ``finished``. What could not be measured, because the cell
