@@ -5,7 +5,7 @@ A mutant is its twin with one step done wrong. Most faults are those of publishe
 
 from __future__ import annotations
 
-import math
+import inspect
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from normzoo import ops
@@ -194,7 +195,7 @@ class Batch(Hand):
     def trained(self, z: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         mean, var, count = self.moments(z, real)
         if z.shape[0] and self.counts():
-            self.update(mean.detach(), (var * count / (count - 1).clamp(min=1)).detach(), count)
+            self.update(mean.detach(), var.detach() * count / (count - 1).clamp(min=1), count)
         return mean, var
 
     def counts(self) -> bool:
@@ -209,33 +210,13 @@ class Batch(Hand):
 
     def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         self.num_batches_tracked.add_(1)
-        weight = self.step()
-        weight = weight * (count > 0)
+        weight = self.step() * (count > 0).to(count.dtype)
         self.running_mean.copy_(self.running_mean + weight * (mean - self.running_mean))
         self.running_var.copy_(self.running_var + weight * (var - self.running_var))
 
     def step(self) -> Tensor | float:
         dtype = self.running_var.dtype
         return 1 / self.num_batches_tracked.to(dtype) if self.momentum is None else self.momentum
-
-
-class Renorm(Batch):
-    """Batch norm whose gain is corrected towards the running variance, taken as a constant from before the step."""
-
-    promises = Traits(True, True, False, stateful=True, shift_invariant=True)
-
-    def core(self, z: Tensor, real: Tensor | None) -> Tensor:
-        before = self.before()
-        y = super().core(z, real)
-        if not self.training:
-            return y
-        return y * torch.sqrt(before.clamp(0.5, 2) + self.gate().square())
-
-    def before(self) -> Tensor:
-        return self.running_var.clone()
-
-    def gate(self) -> Tensor:
-        return torch.ones_like(self.running_var) if self.weight is None else 0.1 * self.weight
 
 
 class Plain(nn.Module):
@@ -283,9 +264,11 @@ class PatternGroup(MomentNorm):
 
 
 class Ghost(GhostBatchNorm):
-    """Virtual batches of four."""
+    """Virtual batches of three."""
 
-    def __init__(self, num_features: int, *, ghost_batch_size: int = 4, **options) -> None:
+    __signature__ = inspect.signature(GhostBatchNorm)
+
+    def __init__(self, num_features: int, *, ghost_batch_size: int = 3, **options) -> None:
         super().__init__(num_features, ghost_batch_size=ghost_batch_size, **options)
 
 
@@ -309,6 +292,8 @@ class ForgetsDtype(Layer):
 
 class ForgetsWidth(Layer):
     """Does not know its own width."""
+
+    __signature__ = inspect.signature(Layer)
 
     def __init__(self, num_features: int, **options) -> None:
         super().__init__(num_features, **options)
@@ -406,6 +391,8 @@ class DrawsGlobally(Layer):
 
 class DrawsInPython(Layer):
     """The constructor draws from the module random."""
+
+    __signature__ = inspect.signature(Layer)
 
     def __init__(self, num_features: int, **options) -> None:
         super().__init__(num_features, **options)
@@ -697,7 +684,7 @@ class PoisonedByNothing(Batch):
     def trained(self, z, real):
         mean, var, count = self.moments(z, real)
         if self.counts():
-            self.update(mean.detach(), (var * count / (count - 1).clamp(min=1)).detach(), count)
+            self.update(mean.detach(), var.detach() * count / (count - 1).clamp(min=1), count)
         return mean, var
 
 
@@ -715,6 +702,8 @@ class PlainTensors(Batch):
 
 class CountsInPython(Batch):
     """The counter of the cumulative average is a number in Python."""
+
+    __signature__ = inspect.signature(Batch)
 
     def __init__(self, num_features: int, *, momentum: float | None = None, **options) -> None:
         super().__init__(num_features, momentum=momentum, **options)
@@ -755,7 +744,7 @@ class KeepsGraph(Batch):
     """Statistics stay in the graph of the step."""
 
     def trained(self, z, real):
-        mean, var, count = self.moments(z, real)
+        mean, var, _ = self.moments(z, real)
         if z.shape[0] and self.counts():
             self.running_mean = self.running_mean.lerp(mean, 0.1)
             self.running_var = self.running_var.lerp(var, 0.1)
@@ -763,11 +752,17 @@ class KeepsGraph(Batch):
         return mean, var
 
 
-class OverwritesGraph(Renorm):
-    """The graph uses the buffer that the step overwrites."""
+class ReusesWorkspace(Batch):
+    """The graph uses a workspace that the next forward pass overwrites."""
 
-    def before(self):
-        return self.running_var
+    def buffers_of(self, device, dtype):
+        super().buffers_of(device, dtype)
+        self.register_buffer("workspace", torch.ones(self.num_features, device=device, dtype=dtype), persistent=False)
+
+    def scaled(self, y):
+        with torch.no_grad():
+            self.workspace.fill_(1)
+        return super().scaled(y * self.workspace.to(y.dtype))
 
 
 class AliasesRunning(Batch):
@@ -801,6 +796,8 @@ class NeverEvaluates(Batch):
 
 class Overcorrects(Batch):
     """A variance that starts at one is corrected as if it had started at zero."""
+
+    __signature__ = inspect.signature(Batch)
 
     def __init__(self, num_features: int, *, momentum: float | None = 0.01, **options) -> None:
         super().__init__(num_features, momentum=momentum, **options)
@@ -982,7 +979,7 @@ class Rebinds(Batch):
 
     def update(self, mean, var, count):
         self.num_batches_tracked.add_(1)
-        weight = self.step() * (count > 0)
+        weight = self.step() * (count > 0).to(count.dtype)
         self.running_mean = self.running_mean + weight * (mean - self.running_mean)
         self.running_var = self.running_var + weight * (var - self.running_var)
 
@@ -992,11 +989,13 @@ class ReadsBack(Layer):
 
     def core(self, z, real):
         y = super().core(z, real)
-        return y * (1.0 if z.sum().item() > -math.inf else 2.0)
+        return y * (2.0 if z.abs().sum().item() > 1e30 else 1.0)
 
 
 class StepsInPython(Batch):
     """A number in Python changes with every step."""
+
+    __signature__ = inspect.signature(Batch)
 
     def __init__(self, num_features: int, **options) -> None:
         super().__init__(num_features, **options)
@@ -1023,18 +1022,18 @@ class Exotic(Layer):
         return super().core(z, real) + 0 * torch.special.bessel_j0(z)
 
 
-class MeanOverRanks(PatternBatch):
+class MeanOverRanks(_Own):
     """Processes are averaged without weights."""
 
-    def standardize(self, x, mask, channels_last, **options):
-        if not (self.sync and self.training and dist.is_initialized() and options.get("given") is None):
-            return super().standardize(x, mask, channels_last, **options)
-        on, self.sync = self.sync, False
-        local = super().standardize(x, mask, channels_last, **options)[1]
-        self.sync = on
-        assert local is not None
-        mean, var = (dist.nn.functional.all_reduce(m.clone()) / dist.get_world_size() for m in local[:2])
-        return super().standardize(x, mask, channels_last, given=Moments(mean, var, local.number))[0], local
+    def formula(self, z):
+        mean, number = z.mean((0, 2), keepdim=True), z.shape[0] * z.shape[2]
+        var = (z - mean).square().mean((0, 2), keepdim=True)
+        if self.sync and dist.is_initialized():
+            local, mean = mean, all_reduce(mean.clone()) / dist.get_world_size()
+            var = all_reduce(var + (local - mean).square()) / dist.get_world_size()
+            number *= dist.get_world_size()
+        moments = Moments(mean.detach().flatten(), var.detach().flatten(), float(number))
+        return (z - mean) * torch.rsqrt(var + self.eps), moments
 
 
 class StaysLocal(PatternBatch):
@@ -1121,8 +1120,8 @@ MUTANTS = [
     Mutant(OnceDifferentiable, Custom, "gradgradcheck", "once_differentiable|Jacobian mismatch"),
     Mutant(WritesSaved, Custom, "backward_twice", "second backward pass"),
     Mutant(Cancels, Layer, "large_mean", "300 ± 0.01"),
-    Mutant(SquaresInHalf, Root, "half_precision", "float16 input of magnitude"),
-    Mutant(PlainSquaresInHalf, Plain, "half_precision", "float16 input of magnitude .* all of it is zero"),
+    Mutant(SquaresInHalf, Root, "half_precision", "float16 input of magnitude 1000: .* all of it is zero"),
+    Mutant(PlainSquaresInHalf, Plain, "half_precision", "float16 input of magnitude 1000: .* all of it is zero"),
     Mutant(FourthPowers, Root, "extreme_scales", "magnitude 1e\\+10"),
     Mutant(NoEps, Layer, "constant_input", "the output is NaN"),
     Mutant(RootAtZero, Layer, "constant_input", "gradient of the input is NaN"),
@@ -1137,15 +1136,15 @@ MUTANTS = [
     Mutant(ForgetfulCopy, Batch, "copies", "when training goes on"),
     Mutant(HalfStatistics, Batch, "statistics_stay_wide", "running_mean is torch.float16"),
     Mutant(CountsTwice, Batch, "checkpointing", "running_mean"),
-    Mutant(KeepsGraph, Batch, "accumulation", "second time"),
-    Mutant(OverwritesGraph, Renorm, "two_forwards", "modified by an inplace operation"),
+    Mutant(KeepsGraph, Batch, "accumulation", "running_mean is part of the graph"),
+    Mutant(ReusesWorkspace, Batch, "two_forwards", "modified by an inplace operation"),
     Mutant(AliasesRunning, Batch, "two_forwards_frozen", "modified by an inplace operation"),
     Mutant(UpdatesInEvaluation, Batch, "evaluation_is_pure", "after evaluation: running_mean"),
     Mutant(ForgetsMean, Batch, "training_and_evaluation_agree", "away from training"),
     Mutant(Overcorrects, Batch, "first_step", "after step 1 evaluation is"),
     Mutant(KeepsMomentum, Batch, "momentum", "momentum="),
     Mutant(NoCumulativeAverage, Batch, "momentum", "AssertionError"),
-    Mutant(CountsParts, Ghost, "batches_are_counted", "num_batches_tracked is 10 after 1 batches"),
+    Mutant(CountsParts, Ghost, "batches_are_counted", "num_batches_tracked is 13 after 1 batches"),
     Mutant(NeverHolds, PatternBatch, "frozen_statistics", "while statistics are held"),
     Mutant(NeverEvaluates, Batch, "batch_independence_in_evaluation", "sample 0"),
     Mutant(DeniesBatch, Layer, "batch_independence", "sample 0 among other samples"),
@@ -1161,7 +1160,8 @@ MUTANTS = [
     Mutant(ClaimsShift, Root, "shift_invariance", r"the input \+ 10 moves"),
     Mutant(Noisy, Layer, "determinism", "gives another output"),
     Mutant(LowersPrecision, Layer, "autocast", "under autocast"),
-    Mutant(Rebinds, Batch, "functional_call", "the buffers that were given"),
+    Mutant(PlainTensors, Batch, "functional_call", "with another norm's parameters and buffers"),
+    Mutant(Rebinds, Batch, "vmap", "running_mean"),
     Mutant(NoVmap, Custom, "vmap", "does not have vmap support"),
     Mutant(GatedByInheritance, Gated, "sync_conversion", "after convert_sync_batchnorm"),
     Mutant(ReadsBack, Layer, "compile", "item|data-dependent"),
@@ -1173,4 +1173,4 @@ MUTANTS = [
     Mutant(Idle, Layer, "distributed_data_parallel", "spare takes no part"),
 ]
 
-TWINS = list(dict.fromkeys(mutant.twin for mutant in MUTANTS)) + [PatternGroup, Running]
+TWINS = [*dict.fromkeys(mutant.twin for mutant in MUTANTS), PatternGroup, Running]

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -839,54 +838,3 @@ def history(line: str) -> dict[str, Any]:
     """The metrics of a record, if it is one of a history."""
     record = json.loads(line)
     return record.get("history", {}).get("item", {})
-
-
-# ---- what a step costs -------------------------------------------------------------------------------------------
-
-
-def test_a_training_step_costs_little_more_than_a_bare_loop():
-    setting = resolve("digits/cnn", {"convs": (48, 96, 96), "epochs": 2})
-
-    def bare() -> float:
-        module, data = build("digits/cnn", "batch_norm", setting)
-        model, loader = module.model, data.train_dataloader()
-        optimizer, schedule = configure(model, setting, steps=setting.epochs * len(loader))
-        assert schedule is not None
-        start = time.process_time()
-        for _ in range(setting.epochs):
-            for batch in loader:
-                loss = F.cross_entropy(model(batch["x"]), batch["y"])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-        return time.process_time() - start
-
-    def ours() -> float:
-        module, data = build("digits/cnn", "batch_norm", setting)
-        clock = Clock()
-        trainer(setting, limit_val_batches=0, callbacks=[clock]).fit(module, data)
-        return clock.seconds
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        ratios = []
-        for _ in range(4):  # other work on the machine only ever adds time: the best of few is what it costs
-            pairs = [(bare(), ours()) for _ in range(2)]
-            ratios.append(min(own for _, own in pairs) / min(plain for plain, _ in pairs))
-            if min(ratios) <= 1.25:
-                break
-        assert min(ratios) <= 1.25, ratios
-    finally:
-        torch.set_num_threads(threads)
-
-
-class Clock(pl.Callback):
-    seconds = 0.0
-
-    def on_train_start(self, *_: Any) -> None:
-        self.seconds = -time.process_time()
-
-    def on_train_end(self, *_: Any) -> None:
-        self.seconds += time.process_time()

@@ -254,6 +254,24 @@ def test_compiles_without_a_break(name):
         torch.testing.assert_close(norm.get_buffer(key), buffer, **TIGHT)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "spec",
+    ["momentum_batch_norm(ramp=3)", "memorized_batch_norm", "cross_iteration_batch_norm", "power_norm(warmup=1)",
+     "mabn(window=2, warmup=0, rescale_after=0)", "unified_norm(window=2, warmup=0, rescale_after=0)",
+     "batch_channel_norm(estimate=True)", "streaming_norm(period=2)", "virtual_batch_norm"],
+)  # fmt: skip
+def test_a_compiled_backward_pass_sees_what_the_forward_pass_saw(spec):
+    norm, eager = nz.create(spec, 8), nz.create(spec, 8)
+    torch._dynamo.reset()
+    fast = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    for seed in range(4):
+        x, z = (data(4, 8, 3, seed=seed, dtype=torch.float32).requires_grad_() for _ in range(2))
+        eager(x).sin().sum().backward()
+        fast(z).sin().sum().backward()
+        torch.testing.assert_close(z.grad, x.grad, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_input_and_the_generator_stay(name):
     x = data()
@@ -923,6 +941,42 @@ def test_online_norm_does_not_see_batches():
     torch.testing.assert_close(parts.running_var, whole.running_var, **TIGHT)
 
 
+@pytest.mark.parametrize("p", [1, 2])
+def test_streaming_norm(p):
+    norm = make("streaming_norm", long_weight=0.3, period=3, momentum=0.2, p=p)
+    long = [torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)]
+    short: list[tuple[Tensor, Tensor]] = []
+
+    def moments(x):
+        centre = mean(x)
+        return centre, mean((x - wide(centre, x)).abs() ** p) ** (1 / p)
+
+    for step in range(8):
+        before = list(short)
+
+        def formula(x, before=before, old=tuple(long)):
+            means, scales = zip(*before, moments(x), strict=True)
+            m = 0.3 * old[0] + 0.7 * torch.stack(means).mean(0)
+            s = 0.3 * old[1] + 0.7 * torch.stack(scales).mean(0)
+            return wide(norm.weight / (s**2 + 1e-5).sqrt(), x) * (x - wide(m, x)) + wide(norm.bias, x)
+
+        same(norm, formula, data(seed=step))
+        short.append(moments(data(seed=step)))
+        if len(short) == 3:
+            averages = [torch.stack(values).mean(0) for values in zip(*short, strict=True)]
+            long, short = [0.8 * old + 0.2 * new for old, new in zip(long, averages, strict=True)], []
+    torch.testing.assert_close(norm.running_mean, long[0], **TIGHT)
+    torch.testing.assert_close(norm.running_scale, long[1], **TIGHT)
+    norm.eval()
+    spread = (long[1] ** 2 + 1e-5).sqrt()
+    same(norm, lambda x: wide(norm.weight / spread, x) * (x - wide(long[0], x)) + wide(norm.bias, x), data(seed=9))
+    alone = "l1_batch_norm(matched=False)" if p == 1 else "batch_norm"  # without a long memory
+    same(make("streaming_norm", long_weight=0, p=p), make(alone), data())
+    norm.reset_running_stats()
+    assert (norm.short_scale == 0).all()
+    assert (norm.running_scale == 1).all()
+
+
 @pytest.mark.parametrize("name", sorted(STEERED))
 def test_a_held_backward_pass_leaves_the_averages(name):
     options = {} if name == "online_norm" else {"warmup": 0}
@@ -943,7 +997,7 @@ def test_a_held_backward_pass_leaves_the_averages(name):
 def test_wrong_options_of_moving_averages():
     for spec in ("power_norm(warmup=-1)", "power_norm(backward_momentum=2)", "power_norm(momentum=None)",
                  "mabn(window=0)", "mabn(r_max=0.5)", "unified_norm(window=0)", "online_norm(forward_decay=2)",
-                 "online_norm(guard='belt')"):  # fmt: skip
+                 "online_norm(guard='belt')", "streaming_norm(p=3)", "streaming_norm(period=0)"):  # fmt: skip
         with pytest.raises(TypeError, match="expected"):
             nz.create(spec, 4)
 

@@ -90,19 +90,22 @@ def ask(subject: Subject) -> Answer:
         name = canonical(subject.spec)
     except NormzooError as error:
         raise NotApplicable("another process cannot find it: define it at the top level of a file") from error
+    home = inspect.getmodule(resolve(subject.spec)[0])
+    if home is not None and home.__name__ == "__main__":
+        raise NotApplicable("is defined by the script that runs, which another process would run again")
     if name not in _answers:
-        _answers[name] = _ask(name, subject)
+        _answers[name] = _ask(name, getattr(home, "__file__", None), subject.takes("sync"))
+    if "unavailable" in _answers[name]:
+        raise NotApplicable(_answers[name]["unavailable"])
     return _answers[name]
 
 
-def _ask(name: str, subject: Subject) -> Answer:
+def _ask(name: str, file: str | None, sync: bool) -> Answer:
     global _server
     start()
     assert _server is not None
     process, connection = _server
-    factory, _ = resolve(subject.spec)
-    home = inspect.getmodule(factory)
-    request = {"spec": name, "file": getattr(home, "__file__", None), "path": sys.path, "sync": subject.takes("sync")}
+    request = {"spec": name, "file": file, "path": sys.path, "sync": sync}
     try:
         connection.send(request)
         if not connection.poll(2 * PATIENCE):
@@ -162,6 +165,8 @@ def _run_pair(request: dict[str, Any]) -> Answer:
     if len(found) < 2:
         return _everywhere(f"two processes wait for each other: no answer within {PATIENCE:g} s")
     for rank in (0, 1):
+        if "unavailable" in found[rank]:
+            return found[rank]
         if "error" in found[rank]:
             return _everywhere(found[rank]["error"])
     together: Answer = {}
@@ -193,12 +198,15 @@ def _fork(rank: int, request: dict[str, Any], folder: Path) -> tuple[int, Connec
 def _rank(rank: int, request: dict[str, Any], folder: Path) -> Answer:
     sys.path[:] = request["path"]
     try:
-        resolve(request["spec"])
-    except NormzooError:
-        if not request["file"]:
-            raise
-        load_file(request["file"])  # the file registers the name
-    subject = Subject(request["spec"])
+        try:
+            resolve(request["spec"])
+        except NormzooError:
+            if not request["file"]:
+                raise
+            load_file(request["file"])  # the file registers the name
+        subject = Subject(request["spec"])
+    except Exception as error:  # somebody's file may raise anything when it is imported
+        return {"unavailable": f"another process cannot import it: {type(error).__name__}: {error}"}
     store = dist.FileStore(str(folder / "store"), 2)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE / 3))
     answer: Answer = {"ddp": _tried(_parallel, subject, rank)}

@@ -201,9 +201,12 @@ def onnx(subject: Subject) -> None:
     norm = _trained(subject)
     x = subject.data(dtype=torch.float32)
     with _quiet():
-        program = torch.onnx.export(norm, (x,), dynamo=True, verbose=False)
-        if program is None:
-            raise CheckFailed("torch.onnx.export gave no program")
+        try:
+            program = torch.onnx.export(norm, (x,), dynamo=True, verbose=False)
+        except RuntimeError as error:
+            causes = [line for line in str(error).splitlines() if line.startswith("<class")]
+            raise CheckFailed("; ".join(cause.partition(": ")[2] for cause in causes) or str(error)) from error
+        assert program is not None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3

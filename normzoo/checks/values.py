@@ -297,7 +297,8 @@ def extreme_scales(subject: Subject) -> None:
             where = f"float32 input of magnitude {peak:g} {MODES[training]}"
             got = gradients(single, x)
             finite(got, where)
-            same(got["the output"], gradients(double, x.double())["the output"], f"{where}: the output", 1e-3)
+            if peak > 1 or not subject.foreign:  # an eps that follows the dtype is another one in float64
+                same(got["the output"], gradients(double, x.double())["the output"], f"{where}: the output", 1e-3)
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------

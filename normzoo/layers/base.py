@@ -75,6 +75,9 @@ class Norm(nn.Module, ABC):
 
     paper: ClassVar[Paper | None] = None
 
+    expected_failures: ClassVar[Mapping[str, str]] = {}
+    """Checks that this norm fails by design, and why."""
+
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -194,19 +197,32 @@ class FormulaNorm(CanonicalNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Bring the input to the formula and its result back."""
-        z = x.mT if channels_last else x
-        mask = None if mask is None else mask.unsqueeze(1)
-        z = z if mask is None else torch.where(mask, z, 0)
-        with torch.autocast(x.device.type, enabled=False):
-            z = self.formula(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, mask)
-            z = ops.affine(z, self.weight, self.bias, channels_last=False)
-        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
-        return z.mT if channels_last else z
+        return through_formula(x, mask, channels_last, lambda z, real: self.rescale(self.formula(z, real)))
+
+    def rescale(self, z: Tensor) -> Tensor:
+        """Gain and shift of the formula's result; a formula that holds its own parameters returns it as it is."""
+        return ops.affine(z, self.weight, self.bias, channels_last=False)
 
     def extra_repr(self) -> str:
         """The number of channels, eps and the layout."""
         layout = "" if self.channel_dim == 1 else ", channel_dim=-1"
         return f"{self.num_features}, eps={self.eps}{layout}"
+
+
+def through_formula(
+    x: Tensor, mask: Tensor | None, channels_last: bool, formula: Callable[[Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """Show canonical ``x`` to a formula as ``(b, c, s)``, in float32 or wider, zero where masked, and bring it back.
+
+    The formula's second argument is the mask as ``(b, 1, s)``, or ``None``.
+    """
+    z = x.mT if channels_last else x
+    real = None if mask is None else mask.unsqueeze(1)
+    z = z if real is None else torch.where(real, z, 0)
+    with ops.full_precision(x):
+        z = formula(ops.wide(z), real)
+    z = (z if real is None else torch.where(real, z, 0)).to(x.dtype)
+    return z.mT if channels_last else z
 
 
 def checked_eps(eps: float) -> float:
@@ -302,6 +318,9 @@ class MomentNorm(CanonicalNorm):
                 [inspect.Parameter("num_features", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=int)]
                 + [inspect.Parameter(name, keyword, default=value) for name, value in cls._options().items()]
             )
+        elif "__init__" in vars(cls):  # the parent's would hide it
+            own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+            cls.__signature__ = inspect.Signature(own)
 
     @classmethod
     def _options(cls) -> dict[str, Any]:

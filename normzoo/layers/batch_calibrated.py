@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normzoo import ops
 from normzoo.layers.base import MomentNorm, Paper, Traits, choose_groups
-from normzoo.layers.batch_moments import SAMPLE, BatchFormulaNorm, average, column, moments_of, total
+from normzoo.layers.batch_moments import SAMPLE, BatchFormulaNorm, average, column, moments_of, snapshot, total
 from normzoo.ops import Pattern
 from normzoo.registry import register
 
@@ -330,24 +330,17 @@ class BatchChannelNorm(BatchFormulaNorm):
                 var = var + (mean - column(running.mean)).square()
                 self.track(total(x, mask), {"running_mean": mean.flatten(), "running_var": var.flatten()})
         # copies: the next batch writes into the running statistics before this one's backward pass may be over
-        return column(running.mean.clone()), column(running.var.clone())
-
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Batch norm with its own affine part."""
-        return ops.affine(super().formula(x, mask), self.weight, self.bias, channels_last=False)
+        return column(snapshot(running.mean)), column(snapshot(running.var))
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
-        """Batch norm, then the channel norm, whose affine part repeats over each group."""
+        """Batch norm with its affine part, then the channel norm, whose own repeats over each group."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        rows = wide.mT if channels_last else wide
-        where = None if mask is None else mask.unsqueeze(1)
-        with torch.autocast(x.device.type, enabled=False):
-            rows = self.formula(rows if where is None else torch.where(where, rows, 0), where)
         repeat = self.num_features // self.groups
         y, _ = ops.standardize(
-            rows.mT if channels_last else rows, _CHANNEL, {"g": self.groups}, channels_last=channels_last, eps=self.eps,
+            super().normalize(wide, mask, channels_last), _CHANNEL, {"g": self.groups}, channels_last=channels_last,
             weight=None if self.group_weight is None else self.group_weight.repeat_interleave(repeat),
-            bias=None if self.group_bias is None else self.group_bias.repeat_interleave(repeat), mask=mask,
+            bias=None if self.group_bias is None else self.group_bias.repeat_interleave(repeat),
+            eps=self.eps, mask=mask,
         )  # fmt: skip
         return y.to(x.dtype)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import Paper, Traits, in_backward
-from normzoo.layers.batch_moments import SAMPLE, BatchFormulaNorm, blend, column, moments_of, total, unbiased
+from normzoo.layers.batch_moments import SAMPLE, BatchFormulaNorm, blend, column, moments_of, snapshot, total, unbiased
 from normzoo.ops import Moments
 from normzoo.registry import register
 
@@ -117,7 +117,7 @@ class HistoryNorm(BatchFormulaNorm):
 
     def recall(self, name: str) -> Tensor:
         """A buffer as this forward pass has to see it: a copy, which later batches leave alone."""
-        return self.get_buffer(f"before_{name}" if self.training and in_backward() else name).clone()
+        return snapshot(self.get_buffer(f"before_{name}" if self.training and in_backward() else name))
 
     @torch.no_grad()
     def count(
@@ -416,9 +416,9 @@ class CrossIterationBatchNorm(RecentBatchesNorm):
 
     Deviations:
         The paper corrects the statistics of earlier iterations to first order for the change of the preceding
-        layer's weights. A norm does not see these; here the correction is left out, which the paper calls naive CBN and
-        finds no better than batch norm, unless the weights move slowly. A window that is not yet full is used as far
-        as it goes; the authors' code waits for it, and divides by :math:`\sqrt{\sigma^2} + \varepsilon`.
+        layer's weights. A norm does not see these; here the correction is left out, which is the paper's naive CBN:
+        good as far as the weights move slowly. A window that is not yet full is used as far as it goes; the authors'
+        code waits for it, and divides by :math:`\sqrt{\sigma^2} + \varepsilon`.
 
     Reference:
         Yao, Cao, Zheng, Huang and Lin 2020, Cross-Iteration Batch Normalization, arXiv 2002.05712.

@@ -76,6 +76,15 @@ def column(x: Tensor) -> Tensor:
     return x.view(1, -1, 1)
 
 
+def snapshot(buffer: Tensor) -> Tensor:
+    """A copy of a buffer that is written to later in the same forward pass."""
+    if torch.compiler.is_compiling():
+        # A compiled backward pass makes plain copies anew instead of saving them, from what is in the buffer by then.
+        # It saves the result of a scan, which over a single element is a copy.
+        return buffer.unsqueeze(0).cumsum(0).squeeze(0)
+    return buffer.clone()
+
+
 class BatchFormulaNorm(FormulaNorm, MomentNorm):
     r"""A norm of batch statistics whose author writes its formula on ``(b, c, s)``.
 

@@ -18,7 +18,7 @@ from normzoo.errors import OptionError
 from normzoo.layers.base import Paper, Traits
 from normzoo.layers.batch_memory import HistoryNorm
 from normzoo.layers.batch_moments import BATCH, SAMPLE, average, column, moments_of, number, total
-from normzoo.ops import Pattern
+from normzoo.ops import Moments, Pattern
 from normzoo.registry import register
 
 _JOINT = Pattern.parse("b c s -> b")
@@ -685,3 +685,130 @@ class OnlineNorm(SteeringNorm):
         if self.guard == "layer_scaling":
             y, _ = ops.standardize(y, _JOINT, {}, channels_last=channels_last, eps=self.eps, centred=False, mask=mask)
         return y.to(x.dtype)
+
+
+@register("streaming_norm", aliases=("streaming_batch_norm",), contrib=True)
+class StreamingNorm(HistoryNorm):
+    r"""Standardise by a mixture of a long memory and of the batches since it was renewed, the current one included.
+
+    .. math:: y = \gamma \frac{x - \mu}{\sqrt{s^2 + \varepsilon}} + \beta, \qquad
+              \mu = \alpha\,\mu_\ell + (1-\alpha)\,\mu_k, \quad s = \alpha\,s_\ell + (1-\alpha)\,s_k, \quad
+              s_B = \big(\overline{|x-\mu_B|^p}\big)^{1/p}
+
+    with the plain averages :math:`\mu_k, s_k` of the batches' :math:`\mu_B, s_B` since the renewal and the long-term
+    :math:`\mu_\ell, s_\ell`, which after every ``period`` batches move by ``momentum`` towards the averages. A
+    period is what lies between two changes of the weights: the micro-batches of a step, the time steps of a recurrent
+    net. Gradients flow through the current batch. Evaluation uses the long-term statistics.
+
+    Args:
+        num_features: number of channels ``C``.
+        long_weight: :math:`\alpha`, from 0 to 1.
+        p: order of the moment, 1 or 2.
+        period: batches between two renewals of the long-term statistics.
+        momentum: weight of the new value in the long-term statistics.
+        eps: :math:`\varepsilon`, added to the squared scale.
+        affine: learn :math:`\gamma` and :math:`\beta`.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        OptionError: for options that are out of range.
+        NormzooError: in training, when a channel has a single value.
+
+    Example:
+        >>> StreamingNorm(8, period=4)(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
+
+    Deviations:
+        The paper streams the gradients of the statistics as well, with weights of its own; here the gradient is that
+        of the formula. It leaves the weights open and there is no code of the authors to compare with.
+
+    Reference:
+        Liao, Kawaguchi and Poggio 2016, Streaming Normalization: Towards Simpler and More Biologically-plausible
+        Normalizations for Online and Recurrent Learning, arXiv 1610.06160.
+    """
+
+    paper = Paper(
+        "Liao, Kawaguchi & Poggio", 2016,
+        "Streaming Normalization: Towards Simpler and More Biologically-plausible Normalizations for Online and "
+        "Recurrent Learning", "1610.06160",
+    )  # fmt: skip
+    remembered = ("running_mean", "running_scale", "short_mean", "short_scale", "num_batches_tracked")
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        long_weight: float = 0.5,
+        p: int = 1,
+        period: int = 1,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps=eps, affine=affine, momentum=momentum, channel_dim=channel_dim, device=device, dtype=dtype
+        )
+        if momentum is None or not 0 <= long_weight <= 1 or p not in (1, 2) or period < 1:
+            raise OptionError(
+                f"streaming_norm with long_weight={long_weight!r}, p={p!r}, period={period!r}, momentum={momentum!r}; "
+                "expected weights from 0 to 1, p of 1 or 2 and a positive number of batches"
+            )
+        self.long_weight, self.p, self.period = long_weight, p, period
+        self._shown = {"long_weight": long_weight, "p": p, "period": period} | self._shown
+        assert self.running_var is not None
+        self.buffer("running_scale", 1.0, num_features, like=self.running_var)
+        self.buffer("short_mean", 0.0, num_features, like=self.running_var)
+        self.buffer("short_scale", 0.0, num_features, like=self.running_var)
+        self.drop("running_var")
+        self.remember_before()
+
+    @property
+    def traits(self) -> Traits:
+        """Earlier batches had another scale and mean, so no invariance."""
+        return Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
+
+    def population(self) -> Moments:
+        """The long-term mean, and the square of the long-term scale."""
+        assert self.running_mean is not None
+        return Moments(self.running_mean, self.get_buffer("running_scale").square(), 1.0)
+
+    def reset_running_stats(self) -> None:
+        """Forget the statistics."""
+        super().reset_running_stats()
+        for name in ("short_scale", "before_short_scale"):
+            self.get_buffer(name).zero_()
+
+    def measured(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and scale of a batch, each ``(c,)``."""
+        centre = average(x, mask)
+        if self.p == 1:
+            return centre.flatten(), average((x - centre).abs(), mask).flatten()
+        var = average((x - centre).square(), mask).flatten()
+        varies = var > 0
+        return centre.flatten(), torch.where(varies, torch.where(varies, var, 1).sqrt(), 0)  # no slope at zero
+
+    def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mixture of the long and the short memory."""
+        if self.evaluates:
+            return super().statistics(x, mask)
+        self.check_count(x, mask, False)
+        place = self.recall("num_batches_tracked") % self.period  # in the present period
+        written, mixed = {}, []
+        for name, new in zip(("mean", "scale"), self.measured(x, mask), strict=True):
+            long, short = (self.recall(f"{kind}_{name}").to(x.dtype) for kind in ("running", "short"))
+            short = (short * place + new) / (place + 1)
+            mixed.append(self.long_weight * long + (1 - self.long_weight) * short)
+            assert self.momentum is not None
+            over = place + 1 == self.period
+            written[f"running_{name}"] = torch.where(over, torch.lerp(long, short, self.momentum), long)
+            written[f"short_{name}"] = torch.where(over, 0, short)
+        self.count(total(x, mask), written)
+        return column(mixed[0]), column(mixed[1].square())

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from normzoo.errors import OptionError
 from normzoo.layers.base import FormulaNorm, Paper, Traits, choose_groups
-from normzoo.layers.parts import PER_POSITION, full_precision, mean, wide
+from normzoo.layers.parts import PER_POSITION, mean
+from normzoo.ops import full_precision, wide
 from normzoo.registry import register
 
 
@@ -172,8 +173,8 @@ class DivisiveNorm(SpatialFormulaNorm):
         torch.Size([4, 8, 9, 9])
 
     Deviations:
-        At the borders the authors' code counts zeros outside the map, this only what is there. The paper's L1 penalty
-        on :math:`v` belongs to the loss.
+        At the borders the authors' code counts zeros outside the map, this only what is there. The widths of the
+        windows, which the paper tunes, are choices made here. The paper's L1 penalty on :math:`v` belongs to the loss.
 
     Reference:
         Ren et al. 2016, Normalizing the Normalizers: Comparing and Extending Network Normalization Schemes,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from normzoo import ops
 from normzoo.errors import NormzooError
-from normzoo.layers.base import FormulaNorm, MomentNorm, Traits, world_size
-from normzoo.ops import Moments
+from normzoo.layers.base import FormulaNorm, MomentNorm, Traits, through_formula, world_size
+from normzoo.ops import Moments, wide
 from normzoo.ops.sync import merge
 
 PER_POSITION = Traits(batch_dependent=False, causal=True, causal_in_training=True)
@@ -58,20 +57,9 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
-def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """No autocast, on any device; some, such as ``meta``, have none."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 def column(parameter: Tensor) -> Tensor:
     """A parameter for each channel, as it meets ``(b, c, s)``: in float32 at least."""
     return wide(parameter).view(-1, 1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Float32 in place of half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def gate_weights(
@@ -89,15 +77,9 @@ def gate_weights(
 class WholeFormulaNorm(FormulaNorm):
     """A formula norm whose formula holds its parameters too, for a gain and shift that are not last and plain."""
 
-    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
-        """Bring the input to the formula and its result back."""
-        z = x.mT if channels_last else x
-        mask = None if mask is None else mask.unsqueeze(1)
-        z = z if mask is None else torch.where(mask, z, 0)
-        with full_precision(x):
-            z = self.formula(wide(z), mask)
-        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
-        return z.mT if channels_last else z
+    def rescale(self, z: Tensor) -> Tensor:
+        """The formula has done it."""
+        return z
 
 
 class StatefulFormulaNorm(MomentNorm):
@@ -140,13 +122,10 @@ class StatefulFormulaNorm(MomentNorm):
         """Bring the input to the formula, and its result back."""
         if self.training or not self.track_running_stats:
             self.check_count(x, mask, channels_last)
-        z = x.mT if channels_last else x
-        mask = None if mask is None else mask.unsqueeze(1)
-        z = z if mask is None else torch.where(mask, z, 0)
-        with full_precision(x):
-            z = ops.affine(self.formula(wide(z), mask), self.weight, self.bias, channels_last=False)
-        z = (z if mask is None else torch.where(mask, z, 0)).to(x.dtype)
-        return z.mT if channels_last else z
+        return through_formula(
+            x, mask, channels_last,
+            lambda z, real: ops.affine(self.formula(z, real), self.weight, self.bias, channels_last=False),
+        )  # fmt: skip
 
 
 class BatchFormulaNorm(StatefulFormulaNorm):

@@ -496,8 +496,8 @@ class SeeDNorm(WholeFormulaNorm):
         torch.Size([4, 10, 8])
 
     Deviations:
-        None known; there is no public code of the authors to compare with. The paper's regularisation of
-        :math:`\alpha` and :math:`\beta` (weight decay, dropout in the dynamic part) is left to the optimizer.
+        Where :math:`\alpha` starts is a choice made here. There is no public code of the authors to compare with, and
+        the paper's regularisation of the dynamic part is left to the optimizer.
 
     Reference:
         Cai et al. 2025, SeeDNorm: Self-Rescaled Dynamic Normalization, arXiv 2510.22777.

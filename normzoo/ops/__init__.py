@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 from normzoo.errors import unknown
 from normzoo.ops import native, reference
 from normzoo.ops.pattern import Pattern
-from normzoo.ops.reference import Moments
+from normzoo.ops.reference import Moments, wide
 
-__all__ = ["Moments", "Pattern", "affine", "backend", "standardize"]
+__all__ = ["Moments", "Pattern", "affine", "backend", "full_precision", "standardize", "wide"]
 
 _BACKENDS = ("auto", "reference")
 _backend = "auto"
@@ -38,6 +38,12 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _backend = before
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast where ``x`` lives; some devices, such as ``meta``, have none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channels_last: bool) -> Tensor:
@@ -84,7 +90,7 @@ def standardize(
             centred=centred, mask=mask, given=given, sync=sync, group=group,
         )  # fmt: skip
         return y.mT, moments
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         if _backend == "auto" and mask is None and not sync:
             done = native.standardize(
                 x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,

@@ -49,7 +49,18 @@ def draw(pattern: Pattern) -> str:
     return "\n".join(lines)
 
 
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#994455", "#997700", "#004488")
+_COLOURS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#bbbbbb",
+    "#994455",
+    "#997700",
+    "#004488",
+)
 _CELL, _GAP, _MARGIN = 22, 26, 84
 
 

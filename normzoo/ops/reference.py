@@ -31,6 +31,11 @@ class Moments(NamedTuple):
     number: Tensor | float
 
 
+def wide(x: Tensor) -> Tensor:
+    """Float32 in place of half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class Axes(NamedTuple):
     """How a canonical tensor falls apart into the elementary axes of a pattern."""
 
@@ -99,8 +104,7 @@ def standardize(
         mask = mask.unsqueeze(-1 if channels_last else 1)
         x = torch.where(mask, x, 0)  # whatever is in the padding, NaN included, goes no further
         mask = _split(mask, axes, pattern, channels_last)
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    x = rearrange(x, axes.split, **axes.sizes)
+    x = rearrange(wide(x), axes.split, **axes.sizes)
     if given is None:
         mean, var, count = _moments(x, axes, centred, mask)
         if sync:

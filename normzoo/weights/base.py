@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +101,10 @@ class Reparametrization(nn.Module, ABC):
         """Take parameters and buffers from the weights: when applied, and when ``layer.weight`` is assigned."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weights that are used, in shape and dtype of those that are learned."""
-        with torch.autocast(weight.device.type, enabled=False):
+        """The weights that are used, in shape, dtype and memory format of those that are learned."""
+        with full_precision(weight):
             rows = self.formula(self.filters.rows(wide(weight)))
-        return self.filters.weight(rows).to(weight.dtype)
+        return _laid_out(self.filters.weight(rows).to(weight.dtype), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is learned when ``weight`` is assigned: ``weight`` itself, with a gain that fits it if there is one."""
@@ -159,6 +160,19 @@ class Reparametrization(nn.Module, ABC):
 def wide(x: Tensor) -> Tensor:
     """Float32 in place of half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast where ``x`` is."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if like.ndim in formats and not like.is_contiguous() and like.is_contiguous(memory_format=formats[like.ndim]):
+        return x.contiguous(memory_format=formats[like.ndim])
+    return x.contiguous()
 
 
 def squares(rows: Tensor) -> Tensor:

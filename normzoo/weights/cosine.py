@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normzoo.errors import NormzooError
 from normzoo.layers.base import Paper
-from normzoo.weights.base import Filters, Reparametrization, checked_positive, squares, wide
+from normzoo.weights.base import Filters, Reparametrization, checked_positive, full_precision, squares, wide
 from normzoo.weights.registry import register_weight_norm
 
 
@@ -17,6 +19,9 @@ class _Zeros(nn.Module):
 
     def forward(self, bias: Tensor) -> Tensor:
         return torch.zeros_like(bias)
+
+    def right_inverse(self, bias: Tensor) -> Tensor:
+        return bias
 
 
 @register_weight_norm("cosine_norm", aliases=("cosine_normalization",))
@@ -81,7 +86,7 @@ class CosineNorm(Reparametrization):
 
     def output(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Divided by the length of the input, and the bias added."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             z, total = wide(y), self._squares(layer, wide(x))
             groups = self.filters.groups
             if isinstance(layer, nn.modules.conv._ConvNd):
@@ -90,7 +95,8 @@ class CosineNorm(Reparametrization):
             seen = total > self.eps**2
             z = torch.where(seen, z * torch.rsqrt(torch.where(seen, total, 1)), 0).view(y.shape)
             if parametrize.is_parametrized(layer, "bias"):
-                bias = wide(layer.get_parameter("parametrizations.bias.original"))
+                held: Any = layer.get_submodule("parametrizations.bias")
+                bias = wide(held.original)
                 z = z + (bias if isinstance(layer, nn.Linear) else bias.view(-1, *[1] * len(layer.kernel_size)))  # pyright: ignore[reportArgumentType]
         return z.to(y.dtype)
 

@@ -44,9 +44,11 @@ class OrthogonalNorm(Reparametrization):
                 [0., 0., 1.]])
 
     Deviations:
-        The authors' code adds :math:`10^{-5}` to the diagonal of :math:`ZZ^\top`. For more rows than columns it does
-        not divide :math:`S` by its norm, so that iterations do not converge to orthogonal columns; here they do. Its
-        ``norm_groups``, blocks of filters that are made orthogonal each by itself, are left out.
+        :math:`B_t S` is iterated beside :math:`B_t`, which is the same but for rounding: with many iterations the
+        paper's form, which is the authors' code, blows up. That code adds :math:`10^{-5}` to the diagonal of
+        :math:`ZZ^\top`. For more rows than columns it does not divide :math:`S` by its norm, so that iterations do not
+        converge to orthogonal columns; here they do. Its ``norm_groups``, blocks of filters that are made orthogonal
+        each by itself, are left out.
 
     Reference:
         Huang, Liu, Zhu, Wan, Yuan, Li, Shao 2020, Controllable Orthogonalization in Training DNNs, arXiv 2004.00917.
@@ -68,9 +70,13 @@ class OrthogonalNorm(Reparametrization):
         s = z @ z.mT
         size = s.square().sum((-2, -1), keepdim=True).clamp(min=torch.finfo(s.dtype).tiny).sqrt()
         v, s = z * torch.rsqrt(size), s / size
-        b = torch.eye(s.shape[-1], device=s.device, dtype=s.dtype).expand_as(s)
-        for _ in range(self.iterations):
-            b = torch.baddbmm(b, b @ b @ b, s, beta=1.5, alpha=-0.5)
+        one = torch.eye(s.shape[-1], device=s.device, dtype=s.dtype)
+        b, bs = one.expand_as(s), s
+        for _ in range(
+            self.iterations
+        ):  # B S goes along as a matrix of its own: B alone loses S to rounding, and blows up
+            step = 1.5 * one - 0.5 * (b @ bs)
+            b, bs = step @ b, bs @ step
         w = self.scale * (b @ v)
         return w.mT if tall else w
 
