@@ -1,4 +1,4 @@
-"""Run every check on every norm, in as many processes as there are cores, and keep what came of it: `make check-all`."""
+"""Run every check on every norm, a process for each core, and keep what came of it: `make check-all`."""
 
 from __future__ import annotations
 

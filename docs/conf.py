@@ -24,10 +24,5 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
-napoleon_custom_sections = [
-    "Shape",
-    ("Source", "returns_style"),
-    ("Reference", "returns_style"),
-    ("Deviations", "returns_style"),
-]
+napoleon_custom_sections = ["Shape", "Source", "Reference", "Deviations"]
 nitpicky = False

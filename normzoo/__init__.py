@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from normzoo.study import Study as Study
     from normzoo.study import grid as grid
     from normzoo.study import run_study as run_study
+    from normzoo.weights import apply_weight_norm as apply_weight_norm
+    from normzoo.weights import list_weight_norms as list_weight_norms
+    from normzoo.weights import register_weight_norm as register_weight_norm
+    from normzoo.weights import remove_weight_norm as remove_weight_norm
+    from normzoo.weights import weight_norm_info as weight_norm_info
 
 _HOME = {
     "NormzooError": "errors",
@@ -43,6 +48,11 @@ _HOME = {
     "Study": "study",
     "grid": "study",
     "run_study": "study",
+    "apply_weight_norm": "weights",
+    "list_weight_norms": "weights",
+    "register_weight_norm": "weights",
+    "remove_weight_norm": "weights",
+    "weight_norm_info": "weights",
 }
 
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -39,7 +39,8 @@ _files: dict[Path, ModuleType] = {}
 _loaded = False
 
 
-def _fold(name: str) -> str:
+def fold(name: str) -> str:
+    """The form in which names are compared: case, ``-`` and ``_`` do not matter."""
     return name.replace("-", "").replace("_", "").lower()
 
 
@@ -78,8 +79,8 @@ def _add(name: str, aliases: tuple[str, ...], contrib: bool, norm: F) -> F:
     for alias in (name, *aliases):
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", alias):
             raise NormzooError(f"{alias!r} is no name for a norm; expected letters, digits and '_', as in 'group_norm'")
-        taken = _names.get(_fold(alias))
-        if taken is not None and not _same(_norms[taken], norm):
+        taken = _names.get(fold(alias))
+        if taken is not None and not same_source(_norms[taken], norm):
             home = inspect.getmodule(_norms[taken])
             raise NormzooError(
                 f"the name {alias!r} is taken by {taken!r} of {home.__name__ if home else 'another module'}; "
@@ -87,11 +88,11 @@ def _add(name: str, aliases: tuple[str, ...], contrib: bool, norm: F) -> F:
             )
     _norms[name] = norm
     (_contrib.add if contrib else _contrib.discard)(name)
-    _names.update({_fold(alias): name for alias in (name, *aliases)})
+    _names.update({fold(alias): name for alias in (name, *aliases)})
     return norm
 
 
-def _same(old: Factory, new: Factory) -> bool:
+def same_source(old: Factory, new: Factory) -> bool:
     """Whether ``new`` is ``old`` once more: its module was reloaded, or its notebook cell run again."""
     of = lambda norm: (getattr(norm, "__module__", None), getattr(norm, "__qualname__", None))  # noqa: E731
     return old is new or (of(old) == of(new) and None not in of(new))
@@ -105,7 +106,7 @@ def _load() -> None:
     _loaded = True
     importlib.import_module("normzoo.layers.members")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        if _fold(entry.name) not in _names:
+        if fold(entry.name) not in _names:
             register(entry.name, entry.load())
 
 
@@ -129,10 +130,10 @@ def resolve(spec: Spec) -> tuple[Factory, dict[str, Any]]:
         if not callable(spec):
             raise NormzooError(f"{spec!r} is no norm; expected a name, or a callable that makes a module from a width")
         return spec, {}
-    target, options = _parse(spec)
+    target, options = parse_spec(spec)
     _load()
-    if _fold(target) in _names:
-        return _norms[_names[_fold(target)]], options
+    if fold(target) in _names:
+        return _norms[_names[fold(target)]], options
     if ":" not in target:
         raise unknown("norm", target, _norms)
     home, _, attribute = target.rpartition(":")
@@ -146,7 +147,7 @@ def resolve(spec: Spec) -> tuple[Factory, dict[str, Any]]:
     return cast(Factory, found), options
 
 
-def _parse(spec: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """Take ``name(option=literal, …)`` apart; nothing is ever evaluated."""
     match = re.fullmatch(r"\s*(?P<target>[^\s].*?)\s*(?:\((?P<arguments>.*)\))?\s*", spec, re.DOTALL)
     if match is None:
@@ -239,7 +240,7 @@ def create(spec: Spec, num_features: int, channel_dim: int = 1, **options: Any) 
     layout = _takes(norm, "channel_dim")
     if layout:
         options["channel_dim"] = channel_dim
-    _check_options(norm, spec, options)
+    check_options(norm, spec, options)
     with torch.random.fork_rng(devices=[]):  # the weights of the rest of a model must not depend on its norms
         module = norm(num_features, **options)
     if isinstance(module, Norm):
@@ -262,7 +263,12 @@ def _takes(norm: Factory, option: str) -> bool:
     return option in _signature(norm)
 
 
-def _check_options(norm: Factory, spec: Spec, options: Mapping[str, Any]) -> None:
+def check_options(norm: Factory, spec: Spec, options: Mapping[str, Any]) -> None:
+    """Refuse an option that ``norm`` does not take, or the lack of one that it needs.
+
+    Raises:
+        OptionError: with the options that there are.
+    """
     parameters = _signature(norm)
     if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -300,15 +306,15 @@ def canonical(spec: Spec) -> str:
         options = spec.keywords | options
         spec = spec.func
     if isinstance(spec, str):
-        target, own = _parse(spec)
+        target, own = parse_spec(spec)
         norm, _ = resolve(spec)
         options = own | options
-        if _fold(target) in _names:
-            name = _names[_fold(target)]
+        if fold(target) in _names:
+            name = _names[fold(target)]
         else:
             home, _, attribute = target.rpartition(":")
             name = f"{Path(home).expanduser().resolve() if home.endswith('.py') else home}:{attribute}"
-        _check_options(norm, name, options)
+        check_options(norm, name, options)
     else:
         name = _name_of(spec)
     for key, value in options.items():
@@ -354,7 +360,7 @@ def label(spec: Spec) -> str:
         return f"{label(spec.func)}({listed})"
     if not isinstance(spec, str):
         return getattr(spec, "__name__", type(spec).__name__)
-    target, options = _parse(spec)
+    target, options = parse_spec(spec)
     listed = ", ".join(f"{key}={value!r}" for key, value in options.items())
     name = target.rpartition(":")[2]
     return f"{name}({listed})" if listed else name
@@ -419,8 +425,8 @@ def info(name: str) -> NormInfo:
         'b c s -> c'
     """
     norm, _ = resolve(name)
-    target, _ = _parse(name)
-    canonical_name = _names.get(_fold(target), target)
+    target, _ = parse_spec(name)
+    canonical_name = _names.get(fold(target), target)
     doc = inspect.cleandoc(norm.__doc__ or "")
     example = _example(norm)
     options = {
@@ -432,11 +438,11 @@ def info(name: str) -> NormInfo:
     return NormInfo(
         name=canonical_name,
         norm=norm,
-        aliases=tuple(sorted(a for a, n in _names.items() if n == canonical_name and a != _fold(canonical_name))),
+        aliases=tuple(sorted(a for a, n in _names.items() if n == canonical_name and a != fold(canonical_name))),
         family=norm.__module__.rpartition(".")[2].partition("_")[0],  # long families have several files
         contrib=canonical_name in _contrib,
         summary=doc.split("\n\n")[0].replace("\n", " "),
-        formula=_formula(doc),
+        formula=formula_in(doc),
         pattern=norm.moments if isinstance(norm, type) and issubclass(norm, MomentNorm) else None,
         traits=example.traits if isinstance(example, Norm) else None,
         paper=norm.paper if isinstance(norm, type) and issubclass(norm, Norm) else None,
@@ -458,6 +464,7 @@ def _example(norm: Factory) -> nn.Module | None:
         return None
 
 
-def _formula(doc: str) -> str:
+def formula_in(doc: str) -> str:
+    """The first ``.. math::`` block of a docstring."""
     match = re.search(r"\.\. math::(?P<body>.*?)(?:\n\n(?!\s)|\Z)", doc, re.DOTALL)
     return textwrap.dedent("\n".join(line.strip() for line in match["body"].strip().splitlines())) if match else ""

@@ -266,10 +266,14 @@ class PatternGroup(MomentNorm):
 class Ghost(GhostBatchNorm):
     """Virtual batches of three."""
 
-    __signature__ = inspect.signature(GhostBatchNorm)
-
-    def __init__(self, num_features: int, *, ghost_batch_size: int = 3, **options) -> None:
-        super().__init__(num_features, ghost_batch_size=ghost_batch_size, **options)
+    def __init__(
+        self, num_features: int, *, ghost_batch_size: int = 3, eps: float = 1e-5, affine: bool = True,
+        momentum: float | None = 0.1, track_running_stats: bool = True, channel_dim: int = 1, device=None, dtype=None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            num_features, ghost_batch_size=ghost_batch_size, eps=eps, affine=affine, momentum=momentum,
+            track_running_stats=track_running_stats, channel_dim=channel_dim, device=device, dtype=dtype,
+        )  # fmt: skip
 
 
 # ---- contract --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import normzoo as nz
-from normzoo import checks
+from normzoo import checks, registry
 from normzoo.checks import CheckFailed, NotApplicable, Subject, check_norm, infer, list_checks, parametrize_with_checks
 from normzoo.registry import load_file
 
@@ -325,6 +325,19 @@ def test_two_processes_serve_what_another_process_can_find(user_file):
     assert CHECKS["synchronization"](f"{user_file}:HaloNorm(groups=2)") == ""
     with pytest.raises(NotApplicable, match="no open option 'sync'"):
         CHECKS["synchronization"]("layer_norm")
+
+
+def test_two_processes_find_a_name_that_a_file_registers(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_norms", dict(registry._norms))
+    monkeypatch.setattr(registry, "_names", dict(registry._names))
+    path = tmp_path / "registering.py"
+    path.write_text(
+        "import normzoo as nz\n"
+        "@nz.register('registered_by_a_file')\n"
+        "class Mine(nz.MomentNorm):\n    'Batch norm.'\n    moments = 'b c s -> c'\n"
+    )
+    load_file(path)
+    assert CHECKS["distributed_data_parallel"]("registered_by_a_file") == ""
 
 
 def test_a_process_that_dies_is_a_failure(tmp_path):

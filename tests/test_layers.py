@@ -488,6 +488,73 @@ def test_hold_statistics():
     assert norm.num_batches_tracked == 1
 
 
+EARLY = {"warmup": 0, "r_ramp": 2, "d_ramp": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo, of any Function
+def test_a_compiled_renorm_corrects_by_the_averages_its_forward_pass_saw():
+    eager, norm = make("batch_renorm", **EARLY), make("batch_renorm", **EARLY)
+    torch._dynamo.reset()
+    fast = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        expected = gradients(eager, data(seed=seed))
+        for got, wanted in zip(gradients(fast, data(seed=seed)), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_renorm_corrects_by_the_averages_its_forward_pass_saw(reentrant):
+    plain, twice = make("batch_renorm", **EARLY), make("batch_renorm", **EARLY)
+    for seed in range(3):
+        x, z = data(seed=seed).requires_grad_(), data(seed=seed).requires_grad_()
+        plain(x).sin().sum().backward()
+        checkpoint(twice, z, use_reentrant=reentrant).sin().sum().backward()
+        torch.testing.assert_close(z.grad, x.grad, rtol=0, atol=1e-12)
+    for (key, a), b in zip(plain.named_parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=1e-12, msg=key)
+    for key, buffer in plain.named_buffers():
+        assert torch.equal(twice.get_buffer(key), buffer), key
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["batch_norm", "ghost_batch_norm", "batch_renorm", "sync_batch_norm"])
+def test_an_evaluation_survives_the_training_step_before_its_backward_pass(name, compiled):
+    norm = make(name)
+    norm(data(seed=1))
+    torch._dynamo.reset()
+    call = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
+    x, z = data().requires_grad_(), data().requires_grad_()
+    call.eval()
+    (wanted,) = torch.autograd.grad(call(x).sin().sum(), x)
+    late = call(z).sin().sum()
+    norm.train()(10 * data(seed=2))
+    (got,) = torch.autograd.grad(late, z)
+    assert torch.equal(got, wanted)
+
+
+def test_evaluation_without_gradients_copies_nothing():
+    norm = make("batch_norm").eval()
+    with torch.no_grad():
+        assert norm.population().var is norm.running_var
+    assert norm.population().var is not norm.running_var
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("name", ["batch_norm", "ghost_batch_norm", "batch_renorm", "sync_batch_norm"])
+def test_a_batch_of_nothing_is_no_batch(name, momentum):
+    norm, twin = make(name, momentum=momentum), make(name, momentum=momentum)
+    nothing = [(data((0, 16, 5)), None), (data((0, 16, 5)), torch.ones(0, 5, dtype=torch.bool)),
+               (data((4, 16, 5)), torch.zeros(4, 5, dtype=torch.bool))]  # fmt: skip
+    for seed in range(2):
+        for x, mask in nothing:
+            norm(x, mask)
+        norm(data((4, 16, 5), seed=seed))
+        twin(data((4, 16, 5), seed=seed))
+    assert norm.num_batches_tracked == 2
+    for key, buffer in twin.named_buffers():
+        assert torch.equal(norm.get_buffer(key), buffer), key
+
+
 def test_autocast_keeps_the_dtype_of_the_input():
     for name in CORE:
         x = data(dtype=torch.bfloat16)

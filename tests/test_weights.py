@@ -123,6 +123,10 @@ def test_every_member_is_documented(name):
     assert info.source.partition(":")[0].endswith(".py")
 
 
+def test_what_no_formula_of_its_paper_confirms_is_contrib():
+    assert [name for name in MEMBERS if weight_norm_info(name).contrib] == ["mean_spectral_norm"]
+
+
 def test_look_up_folds_names_and_knows_aliases():
     filters = Filters((4, 3))
     for spec in ("Spectral-Norm", "SPECTRALNORM", "sn", " spectral_norm( iterations = 3 ) "):

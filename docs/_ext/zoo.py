@@ -1,4 +1,4 @@
-"""Write a page for every registered norm and one for every public name; a name without documentation fails the build."""
+"""Write a page for every norm, the checks and the public names; a name without documentation fails the build."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 import normzoo as nz
+from normzoo.checks import list_checks
 from normzoo.layers.base import Paper, Traits
 from normzoo.ops import Pattern
 from normzoo.ops.picture import svg
 from normzoo.registry import NormInfo
 
 SHAPE = (32, 64, 16, 16)
+
+STATUSES = {
+    "passed": "passed",
+    "failed": "failed",
+    "expected_failure": "expected to fail",
+    "not_applicable": "not applicable",
+}
 
 TRAITS = {
     "batch_dependent": "in training, samples of a batch influence each other",
@@ -52,6 +60,8 @@ def write(app: Sphinx) -> None:
             (source / "norms" / "pictures" / f"{norm.name}.svg").write_text(svg(Pattern.parse(norm.pattern)))
         (source / "norms" / f"{norm.name}.rst").write_text(page(norm, cost.get(norm.name), checks), encoding="utf-8")
     (source / "norms" / "index.rst").write_text(index(norms), encoding="utf-8")
+    (source / "norms" / "weights.rst").write_text(weights(), encoding="utf-8")
+    (source / "norms" / "checks.rst").write_text(check_list(), encoding="utf-8")
     (source / "api.rst").write_text(api(), encoding="utf-8")
 
 
@@ -66,6 +76,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     for row in [header, *rows]:
         lines += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
     return "\n".join(lines) + "\n"
+
+
+def plain(text: str) -> str:
+    """Text in which a star is a star."""
+    return text.replace("*", "\\*")
 
 
 def index(norms: list[NormInfo]) -> str:
@@ -113,8 +128,8 @@ def costs(norm: NormInfo, cost: float | None) -> str:
     lines = [f"Parameters per channel: {parameters}."]
     if cost is not None:
         lines.append(
-            f"A forward and backward pass of {SHAPE} in float32 takes {cost:.1f} times as long as reading and writing the "
-            "same memory (a copy and an addition), on one thread of the machine that built this page "
+            f"A forward and backward pass of {SHAPE} in float32 takes {cost:.1f} times as long as reading and writing "
+            "the same memory (a copy and an addition), on one thread of the machine that built this page "
             f"({platform.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')})."
         )
     return " ".join(lines) + "\n"
@@ -138,13 +153,36 @@ def checked(checks: dict, name: str) -> str:
     found = checks["norms"].get(name)
     if found is None:
         raise ExtensionError(f"docs/checks.json has no results for {name}; run `make check-all`")
-    parts = [
-        f"{len(found['passed'])} passed, {len(found['failed'])} failed, {len(found['expected_failure'])} expected to fail, "
-        f"{len(found['not_applicable'])} not applicable ({checks['date']}, torch {checks['torch']}; ``normzoo check {name}``).\n"
-    ]
+    counts = ", ".join(f"{len(found[status])} {word}" for status, word in STATUSES.items())
+    parts = [f"{counts} ({checks['date']}, torch {checks['torch']}; ``normzoo check {name}``).\n"]
     for status in ("failed", "expected_failure"):
         parts += [f"* ``{check}`` ({status.replace('_', ' ')}): {detail}" for check, detail in found[status].items()]
     parts.append("\nPassed: " + ", ".join(f"``{check}``" for check in found["passed"]) + ".\n")
+    return "\n".join(parts)
+
+
+def weights() -> str:
+    """The norms of weights."""
+    parts = [
+        title("Weight norms"),
+        "They change the weights of a layer instead of its activations, and go onto any model: "
+        '``apply_weight_norm(model, "weight_standardization")``.\n',
+    ]
+    for name in nz.list_weight_norms():
+        norm = nz.weight_norm_info(name).norm
+        parts += [title(name, "-"), f".. autoclass:: {norm.__module__}.{norm.__qualname__}\n   :no-index-entry:\n"]
+    return "\n".join(parts)
+
+
+def check_list() -> str:
+    """What the conformance kit looks at."""
+    parts = [
+        title("The checks"),
+        "``normzoo check NORM`` runs them on any norm; ``normzoo.checks.parametrize_with_checks`` in your own tests.\n",
+    ]
+    for group in dict.fromkeys(check.group for check in list_checks()):
+        rows = [[f"``{c.name}``", plain(c.guards), plain(c.mend)] for c in list_checks() if c.group == group]
+        parts += [title(group, "-"), table(["check", "what it guards", "when it fails"], rows)]
     return "\n".join(parts)
 
 

@@ -12,6 +12,9 @@ from normzoo.checks.kit import CheckReport, check_norm
 _MARKS = {"passed": ("✓", "+"), "failed": ("✗", "x"), "expected_failure": ("!", "!"), "not_applicable": ("–", "-")}
 
 
+_TIE = "\0"  # where a line must not be broken
+
+
 def run_check_command(
     spec: str, only: str | None = None, fail_fast: bool = False, as_json: bool = False, slow: bool = True
 ) -> int:
@@ -41,20 +44,20 @@ def render(report: CheckReport) -> str:
     mark = {status: marks[plain] for status, marks in _MARKS.items()}
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     lines = [str(report), ""]
-    passed = [f"{mark['passed']} {r.name}" for r in report if r.status == "passed"]
-    lines += textwrap.wrap("  ".join(p.replace(" ", "\0") for p in passed), width - 4)
-    lines = [lines[0], "", *("  " + line.replace("\0", " ") for line in lines[2:])]
-    lines += _paragraphs("declared" if report.subject.traits else "inferred", _traits(report), width)
-    shares = report.inferred.shares or "could not be told"
-    lines += _paragraphs(
-        "statistic", f"{shares} in training; {report.inferred.shares_in_evaluation} in evaluation", width
-    )
+    passed = "  ".join(f"{mark['passed']}{_TIE}{r.name}" for r in report if r.status == "passed")
+    lines += ["  " + line.replace(_TIE, " ") for line in textwrap.wrap(passed, width - 4)]
+    lines += ["", *_paragraphs("declared" if report.subject.traits else "inferred", _traits(report), width)]
+    inferred = report.inferred
+    shares = f"{_said(inferred.shares)} in training; {_said(inferred.shares_in_evaluation)} in evaluation"
+    lines += _paragraphs("statistics over", shares, width)
     noticed = [f"{r.name}: {r.detail}" for r in report if r.status == "passed" and r.detail]
-    for text in [*noticed, *report.inferred.untold]:
+    for text in [*noticed, *inferred.untold]:
         lines += _paragraphs("noticed", text, width)
+    reasons = dict.fromkeys(r.detail for r in report if r.status == "not_applicable")
+    for reason in reasons:
+        names = ", ".join(r.name for r in report if (r.status, r.detail) == ("not_applicable", reason))
+        lines += _paragraphs(f"{mark['not_applicable']} {reason}", names, width)
     for result in report:
-        if result.status == "not_applicable":
-            lines += _paragraphs(f"{mark[result.status]} {result.name}", f"not applicable: {result.detail}", width)
         if result.status == "expected_failure":
             lines += _paragraphs(f"{mark[result.status]} {result.name}", f"fails as expected: {result.detail}", width)
     for result in report.failed:
@@ -65,9 +68,15 @@ def render(report: CheckReport) -> str:
 
 
 def _paragraphs(head: str, text: str, width: int) -> list[str]:
-    indent = " " * 36
-    first = f"  {head:32}  "
+    indent = " " * 28
+    first = f"  {head:24}  "
+    if len(first) > len(indent):  # a long head has a line of its own
+        return [first.rstrip(), *_paragraphs("", text, width)]
     return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False)
+
+
+def _said(shares: str | None) -> str:
+    return {None: "could not be told", "nothing": "nothing shared"}.get(shares, shares or "")
 
 
 def _traits(report: CheckReport) -> str:

@@ -219,6 +219,10 @@ def devices(subject: Subject) -> None:
         x = torch.empty(6, subject.channels, 10, device="meta")
         y = call(norm, x)
         require(y.device.type == "meta", f"input on the device 'meta' gives output on {y.device}")
+        if torch.cuda.is_available():
+            norm, x = subject.make(dtype=torch.float32, training=training), subject.data(dtype=torch.float32)
+            there = gradients(twin(norm).cuda(), x.cuda())
+            all_same({name: value.cpu() for name, value in there.items()}, gradients(norm, x), "on CUDA", 1e-3)
 
 
 @check

@@ -122,7 +122,7 @@ class Subject:
     @property
     def expected_failures(self) -> Mapping[str, str]:
         """The checks that the norm itself says it fails, and why: a paper that stops a gradient, for instance."""
-        return getattr(self._example, "expected_failures", {})
+        return self._example.expected_failures
 
     @property
     def foreign(self) -> bool:

@@ -371,14 +371,16 @@ class MomentNorm(CanonicalNorm):
         self.sync = options.get("sync", False)
         self.process_group: ProcessGroup | None = None
         self.hold = False
+        self.remembered: tuple[str, ...] = ()
         self.track_running_stats = options.get("track_running_stats", False)
         if self.track_running_stats:
             self._shown["momentum"] = self.momentum
             shape = self._population_shape()
             dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-            self.register_buffer(
-                "running_mean", torch.zeros(shape, device=device, dtype=dtype) if self.centred else None
-            )
+            if self.centred:
+                self.register_buffer("running_mean", torch.zeros(shape, device=device, dtype=dtype))
+            else:
+                self.running_mean = None
             self.register_buffer("running_var", torch.ones(shape, device=device, dtype=dtype))
             self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.long))
         else:
@@ -427,7 +429,7 @@ class MomentNorm(CanonicalNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """The norm on canonical input, ``(b, c, s)`` or ``(b, s, c)``, with a mask of shape ``(b, s)``."""
-        if self.track_running_stats and not self.training:
+        if self.evaluates:
             return self.standardize(x, mask, channels_last, given=self.population())[0]
         self.check_count(x, mask, channels_last)
         y, moments = self.standardize(x, mask, channels_last)
@@ -487,11 +489,37 @@ class MomentNorm(CanonicalNorm):
 
     # ---- the running statistics -----------------------------------------------------------------------------------
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether this forward pass uses the running statistics."""
+        return self.track_running_stats and not self.training
+
+    @property
+    def counts(self) -> bool:
+        """Whether this forward pass counts: in training, not held, and not repeated inside a backward pass."""
+        return self.track_running_stats and self.training and not self.hold and not in_backward()
+
     def population(self) -> Moments:
         """The running statistics, as they are used in evaluation."""
-        assert self.running_var is not None
-        mean = torch.zeros_like(self.running_var) if self.running_mean is None else self.running_mean
-        return Moments(mean, self.running_var, 1.0)
+        var = self.recall("running_var")
+        return Moments(torch.zeros_like(var) if self.running_mean is None else self.recall("running_mean"), var, 1.0)
+
+    def remember(self, *names: str) -> None:
+        """Keep these buffers as they were before the latest batch as well, for :meth:`recall`.
+
+        For a norm whose training depends on its buffers: a forward pass that activation checkpointing repeats must
+        see what the first one saw, which then has counted its batch.
+        """
+        self.remembered = names
+        for name in names:
+            self.register_buffer(f"before_{name}", self.get_buffer(name).clone(), persistent=False)
+
+    def recall(self, name: str) -> Tensor:
+        """A buffer as this forward pass has to see it: a copy, wherever a graph may need it after the next batch."""
+        if not self.training and (not torch.is_grad_enabled() or torch.compiler.is_exporting()):
+            return getattr(self, name)
+        before = self.training and name in self.remembered and not self.hold and in_backward()
+        return snapshot(getattr(self, f"before_{name}" if before else name))
 
     @torch.no_grad()
     def update(self, moments: Moments) -> None:
@@ -499,37 +527,63 @@ class MomentNorm(CanonicalNorm):
 
         A forward pass that activation checkpointing repeats inside the backward pass is not counted again.
         """
-        if not (self.track_running_stats and self.training) or self.hold or in_backward():
+        if not self.counts:
             return
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         mean, var, number = moments
         shape = self.running_var.shape
         if self.centred:
-            var = var * (
-                number / (number - 1).clamp(min=1) if isinstance(number, Tensor) else number / max(number - 1, 1)
-            )
+            var = unbiased(var, number)
         if var.shape != shape:  # virtual batches: each counts the same, one without a real position not at all
-            number = torch.as_tensor(number, device=var.device).expand(var.shape).reshape(-1, *shape)
-            share = (number > 0).to(var.dtype) / (number > 0).sum(0).clamp(min=1)
+            numbers = torch.as_tensor(number, device=var.device).expand(var.shape).reshape(-1, *shape)
+            share = (numbers > 0).to(var.dtype) / (numbers > 0).sum(0).clamp(min=1)
             mean, var = (mean.reshape(-1, *shape) * share).sum(0), (var.reshape(-1, *shape) * share).sum(0)
-            number = number.amax(0)
-        self.num_batches_tracked.add_(1)
-        dtype = self.running_var.dtype
-        weight = self.num_batches_tracked.to(dtype).reciprocal() if self.momentum is None else self.momentum
-        if isinstance(number, Tensor):
-            weight = weight * (number > 0).to(dtype)  # no real position, no news
-        self.running_var.lerp_(var.to(dtype), weight)
-        if self.running_mean is not None:
-            self.running_mean.lerp_(mean.to(dtype), weight)
+            number = numbers.amax(0) if isinstance(number, Tensor) else number
+        self.track(number, {"running_var": var} | ({} if self.running_mean is None else {"running_mean": mean}))
+
+    @torch.no_grad()
+    def track(
+        self, number: Tensor | float, averaged: Mapping[str, Tensor], written: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Count a batch of so many real elements, unless there are none or this forward pass does not count.
+
+        Args:
+            number: the elements of each statistic, or of all: a tensor where a mask or other processes decide.
+            averaged: new values for running averages.
+            written: new values of other buffers.
+        """
+        if not self.counts or (not isinstance(number, Tensor) and number == 0):
+            return
+        assert self.num_batches_tracked is not None
+        for name in self.remembered:
+            self.get_buffer(f"before_{name}").copy_(self.get_buffer(name))
+        self.num_batches_tracked.add_((number > 0).any() if isinstance(number, Tensor) else 1)
+        for name, value in averaged.items():
+            running = self.get_buffer(name)
+            weight = self.latest_weight(running.dtype)
+            if isinstance(number, Tensor):
+                weight = weight * (number > 0).to(running.dtype)  # no real position, no news
+            running.lerp_(value.to(running.dtype), weight)
+        for name, value in (written or {}).items():
+            buffer = self.get_buffer(name)
+            value = value.to(buffer.dtype).view(buffer.shape)
+            buffer.copy_(torch.where((number > 0).any(), value, buffer) if isinstance(number, Tensor) else value)
+
+    def latest_weight(self, dtype: torch.dtype) -> Tensor | float:
+        """The weight of the latest batch, which is counted already, in the running averages."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None
+        return self.num_batches_tracked.clamp(min=1).to(dtype).reciprocal()
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
-        if self.running_var is not None and self.num_batches_tracked is not None:
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
-        if self.running_mean is not None:
-            self.running_mean.zero_()
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                buffer.fill_(1 if name == "running_var" else 0)
+        for name in self.remembered:
+            self.get_buffer(f"before_{name}").copy_(self.get_buffer(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MomentNorm:
         # mixed precision casts whole modules; a running average in half precision would stop moving
@@ -571,6 +625,24 @@ def choose_groups(channels: int, groups: int | Literal["auto"], group_size: int 
             f"groups={groups!r} does not divide {channels} channels; expected 'auto' or one of {divisors(channels)}"
         )
     return groups
+
+
+def unbiased(var: Tensor, number: Tensor | float) -> Tensor:
+    """The unbiased variance of so many elements from the biased one.
+
+    >>> unbiased(torch.tensor([2.0]), 5.0)
+    tensor([2.5000])
+    """
+    return var * (number / (number - 1).clamp(min=1) if isinstance(number, Tensor) else number / max(number - 1, 1))
+
+
+def snapshot(buffer: Tensor) -> Tensor:
+    """A copy of a buffer that is written to later, in the same forward pass or before the backward pass is over."""
+    if torch.compiler.is_compiling():
+        # A compiled backward pass makes plain copies anew instead of saving them, from what is in the buffer by then.
+        # It saves the result of a scan, which over a single element is a copy.
+        return buffer.unsqueeze(0).cumsum(0).squeeze(0)
+    return buffer.clone()
 
 
 def in_backward() -> bool:

@@ -216,23 +216,17 @@ class BatchRenorm(MomentNorm):
             )
         self.r_max, self.d_max, self.warmup, self.r_ramp, self.d_ramp = r_max, d_max, warmup, r_ramp, d_ramp
         self._shown |= {"r_max": r_max, "d_max": d_max, "warmup": warmup, "r_ramp": r_ramp, "d_ramp": d_ramp}
+        self.remember("running_mean", "running_var", "num_batches_tracked")
 
     def limits(self) -> tuple[Tensor, Tensor]:
         """The present :math:`r_max` and :math:`d_max`, from the number of batches seen."""
-        assert self.num_batches_tracked is not None
         assert self.running_var is not None
-        seen = self.num_batches_tracked.to(self.running_var.dtype) - self.warmup
-        r = (
-            (seen / (self.r_ramp - self.warmup)).clamp(0, 1)
-            if self.r_ramp > self.warmup
-            else (seen >= 0).to(seen.dtype)
-        )
-        d = (
-            (seen / (self.d_ramp - self.warmup)).clamp(0, 1)
-            if self.d_ramp > self.warmup
-            else (seen >= 0).to(seen.dtype)
-        )
-        return 1 + r * (self.r_max - 1), d * self.d_max
+        seen = self.recall("num_batches_tracked").to(self.running_var.dtype) - self.warmup
+
+        def ramp(end: int) -> Tensor:
+            return (seen / (end - self.warmup)).clamp(0, 1) if end > self.warmup else (seen >= 0).to(seen.dtype)
+
+        return 1 + ramp(self.r_ramp) * (self.r_max - 1), ramp(self.d_ramp) * self.d_max
 
     def correction(self, batch: Moments) -> tuple[Tensor, Tensor]:
         """:math:`r` and :math:`d` for the moments of a batch."""

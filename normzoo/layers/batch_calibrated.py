@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normzoo import ops
 from normzoo.layers.base import MomentNorm, Paper, Traits, choose_groups
-from normzoo.layers.batch_moments import SAMPLE, BatchFormulaNorm, average, column, moments_of, snapshot, total
+from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, column, mean, moments, total
 from normzoo.ops import Pattern
 from normzoo.registry import register
 
@@ -168,8 +168,8 @@ class RepresentativeBatchNorm(BatchFormulaNorm):
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Calibrate the centre, standardise, calibrate the scale."""
-        x = super().formula(x + column(self.center_weight) * average(x, mask, SAMPLE), mask)
-        return x * torch.sigmoid(column(self.scale_weight) * average(x, mask, SAMPLE) + column(self.scale_bias))
+        x = super().formula(x + column(self.center_weight) * mean(x, mask, SAMPLE), mask)
+        return x * torch.sigmoid(column(self.scale_weight) * mean(x, mask, SAMPLE) + column(self.scale_bias))
 
 
 @register("instance_enhancement_batch_norm", aliases=("iebn",))
@@ -239,7 +239,7 @@ class InstanceEnhancementBatchNorm(BatchFormulaNorm):
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standardise and gate."""
-        gate = torch.sigmoid(column(self.gate_weight) * average(x, mask, SAMPLE) + column(self.gate_bias))
+        gate = torch.sigmoid(column(self.gate_weight) * mean(x, mask, SAMPLE) + column(self.gate_bias))
         return super().formula(x, mask) * gate
 
 
@@ -319,18 +319,21 @@ class BatchChannelNorm(BatchFormulaNorm):
             scale_invariant=not self.estimate, shift_invariant=not self.estimate,
         )  # fmt: skip
 
+    def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
+        """Refuse a single value for each channel; estimates take it."""
+        if not self.estimate:
+            super().check_count(x, mask, channels_last)
+
     def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of the batch, or estimates that have counted it."""
         if self.evaluates or not self.estimate:
             return super().statistics(x, mask)
-        running = self.population()
         with torch.no_grad():
-            if x.numel():
-                mean, var = moments_of(x, mask)
-                var = var + (mean - column(running.mean)).square()
-                self.track(total(x, mask), {"running_mean": mean.flatten(), "running_var": var.flatten()})
-        # copies: the next batch writes into the running statistics before this one's backward pass may be over
-        return column(snapshot(running.mean)), column(snapshot(running.var))
+            centre, var = moments(x, mask, BATCH)
+            var = var + (centre - column(self.population().mean)).square()
+            self.track(total(x, mask), {"running_mean": centre.flatten(), "running_var": var.flatten()})
+        running = self.population()
+        return column(running.mean), column(running.var)
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Batch norm with its affine part, then the channel norm, whose own repeats over each group."""

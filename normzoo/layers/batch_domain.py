@@ -255,6 +255,5 @@ class SplitBatchNorm(MomentNorm):
         done = [super().normalize(parts[0], masks[0], channels_last)]
         for norm, part, real in zip(self.auxiliary, parts[1:], masks[1:], strict=True):
             assert isinstance(norm, MomentNorm)
-            # a part without samples has nothing to count
-            done.append(norm.normalize(part, real, channels_last) if len(part) else part)
+            done.append(norm.normalize(part, real, channels_last))
         return torch.cat(done)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from normzoo.errors import NormzooError, OptionError
-from normzoo.layers.base import Paper, Traits, in_backward
-from normzoo.layers.batch_moments import SAMPLE, BatchFormulaNorm, blend, column, moments_of, snapshot, total, unbiased
+from normzoo.layers.base import Paper, Traits, unbiased
+from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, column, moments, total
 from normzoo.ops import Moments
 from normzoo.registry import register
+
+
+def blend(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: Tensor | float) -> tuple[Tensor, Tensor]:
+    r"""Mean and variance of a mixture that takes its elements from ``second`` with probability ``weight``.
+
+    .. math:: \mu = (1-w)\mu_1 + w\mu_2, \qquad \sigma^2 = (1-w)\sigma_1^2 + w\sigma_2^2 + w(1-w)(\mu_1-\mu_2)^2
+
+    The same as mixing the first two raw moments, without their cancellation.
+    """
+    (mean_1, var_1), (mean_2, var_2) = first, second
+    between = weight * (1 - weight) * (mean_1 - mean_2).square()
+    return (1 - weight) * mean_1 + weight * mean_2, (1 - weight) * var_1 + weight * var_2 + between
 
 
 @register("eval_norm", aliases=("inference_example_weighting",))
@@ -98,51 +110,11 @@ class EvalNorm(BatchFormulaNorm):
         running = super().statistics(x, mask)
         if self.training or self.sample_weight == 0:
             return running
-        return blend(running, moments_of(x, mask, SAMPLE), self.sample_weight)
-
-
-class HistoryNorm(BatchFormulaNorm):
-    """A batch norm whose training depends on what it remembers of earlier batches: abstract.
-
-    A forward pass that activation checkpointing repeats must see what the first one saw. So every buffer named in
-    ``remembered`` is kept as it was before the latest batch as well, and :meth:`recall` gives the right one.
-    """
-
-    remembered: tuple[str, ...]
-
-    def remember_before(self) -> None:
-        """Set up the copies; to be called when the buffers are there."""
-        for name in self.remembered:
-            self.register_buffer(f"before_{name}", self.get_buffer(name).clone(), persistent=False)
-
-    def recall(self, name: str) -> Tensor:
-        """A buffer as this forward pass has to see it: a copy, which later batches leave alone."""
-        return snapshot(self.get_buffer(f"before_{name}" if self.training and in_backward() else name))
-
-    @torch.no_grad()
-    def count(
-        self, number: Tensor | float, written: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Count a batch of so many real elements, unless there is none or this forward pass does not count.
-
-        Args:
-            number: the elements of a channel.
-            written: new values of remembered buffers.
-            averaged: new values for running averages.
-        """
-        if not self.counts or (not isinstance(number, Tensor) and number == 0):
-            return
-        for name in self.remembered:
-            self.get_buffer(f"before_{name}").copy_(self.get_buffer(name))
-        self.track(number, averaged or {})
-        for name, value in written.items():
-            buffer = self.get_buffer(name)
-            value = value.to(buffer.dtype).view(buffer.shape)
-            buffer.copy_(torch.where(number.squeeze() > 0, value, buffer) if isinstance(number, Tensor) else value)
+        return blend(running, moments(x, mask, SAMPLE), self.sample_weight)
 
 
 @register("momentum_batch_norm", aliases=("mbn",), contrib=True)
-class MomentumBatchNorm(HistoryNorm):
+class MomentumBatchNorm(BatchFormulaNorm):
     r"""Batch norm by a moving average of the batches' statistics, with more memory the smaller the batch.
 
     .. math:: y = \gamma \frac{x - \mu_t}{\sqrt{\sigma_t^2 + \varepsilon}} + \beta, \qquad
@@ -191,7 +163,6 @@ class MomentumBatchNorm(HistoryNorm):
     paper = Paper(
         "Yong et al.", 2020, "Momentum Batch Normalization for Deep Learning with Small Batch Size", venue="ECCV"
     )
-    remembered = ("history_mean", "history_var", "num_batches_tracked")
 
     def __init__(
         self,
@@ -216,10 +187,9 @@ class MomentumBatchNorm(HistoryNorm):
             )
         self.ideal_batch_size, self.ramp = ideal_batch_size, ramp
         self._shown |= {"ideal_batch_size": ideal_batch_size, "ramp": ramp}
-        assert self.running_var is not None
-        self.buffer("history_mean", 0.0, num_features, like=self.running_var)
-        self.buffer("history_var", 1.0, num_features, like=self.running_var)
-        self.remember_before()
+        self.buffer("history_mean", 0.0, num_features)
+        self.buffer("history_var", 1.0, num_features)
+        self.remember("history_mean", "history_var", "num_batches_tracked")
 
     @property
     def traits(self) -> Traits:
@@ -237,26 +207,23 @@ class MomentumBatchNorm(HistoryNorm):
         """The history with the batch in it."""
         if self.evaluates:
             return super().statistics(x, mask)
-        self.check_count(x, mask, False)
         memory, number = self.memory(len(x)).to(x.dtype), total(x, mask)
-        batch = moments_of(x, mask)
+        batch = moments(x, mask, BATCH)
         mean = torch.lerp(batch[0], column(self.recall("history_mean")).to(x.dtype), memory)
         var = torch.lerp(batch[1], column(self.recall("history_var")).to(x.dtype), memory)
-        self.count(
+        self.track(
             number,
-            {"history_mean": mean, "history_var": var},
             {"running_mean": batch[0].flatten(), "running_var": unbiased(batch[1].flatten(), number)},
+            {"history_mean": mean, "history_var": var},
         )
         return mean, var
 
 
-class RecentBatchesNorm(HistoryNorm):
+class RecentBatchesNorm(BatchFormulaNorm):
     r"""A batch norm over the last batches together: abstract; the current one is the first in the memory.
 
     .. math:: \mu = \sum_i w_i\mu_i, \qquad \sigma^2 = \sum_i w_i\big(\sigma_i^2 + (\mu_i - \mu)^2\big)
     """
-
-    remembered = ("memory_mean", "memory_var", "num_batches_tracked")
 
     def set_up(self, window: int, decay: float) -> None:
         """Add the memory."""
@@ -266,10 +233,9 @@ class RecentBatchesNorm(HistoryNorm):
         if not 0 <= decay <= 1:
             raise OptionError(f"{name} with decay={decay!r}; expected a number from 0 to 1")
         self.window, self.decay = window, decay
-        assert self.running_var is not None
-        self.buffer("memory_mean", 0.0, window, self.num_features, like=self.running_var)
-        self.buffer("memory_var", 1.0, window, self.num_features, like=self.running_var)
-        self.remember_before()
+        self.buffer("memory_mean", 0.0, window, self.num_features)
+        self.buffer("memory_var", 1.0, window, self.num_features)
+        self.remember("memory_mean", "memory_var", "num_batches_tracked")
 
     @property
     def traits(self) -> Traits:
@@ -364,19 +330,18 @@ class MemorizedBatchNorm(RecentBatchesNorm):
 
     def population(self) -> Moments:
         """The moments of all batches in the memory."""
-        mean, var = self.get_buffer("memory_mean"), self.get_buffer("memory_var")
+        mean, var = self.recall("memory_mean"), self.recall("memory_var")
         # an empty memory counts as one batch with mean 0 and variance 1, as it was made
-        there = torch.arange(self.window, device=mean.device) < self.get_buffer("num_batches_tracked").clamp(min=1)
+        there = torch.arange(self.window, device=mean.device) < self.recall("num_batches_tracked").clamp(min=1)
         return Moments(*self.pool(mean, var, there), 1.0)
 
     def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of all batches in the memory, the current one included in training."""
         if self.evaluates:
             return super().statistics(x, mask)
-        self.check_count(x, mask, False)
-        means, variances = self.window_with(moments_of(x, mask))
+        means, variances = self.window_with(moments(x, mask, BATCH))
         pooled = self.pool(means, variances, self.there())
-        self.count(total(x, mask), {"memory_mean": means, "memory_var": variances})
+        self.track(total(x, mask), {}, {"memory_mean": means, "memory_var": variances})
         return column(pooled[0]), column(pooled[1])
 
 
@@ -452,20 +417,19 @@ class CrossIterationBatchNorm(RecentBatchesNorm):
         """Of all batches in the window; the current one is counted into the running averages."""
         if self.evaluates:
             return super().statistics(x, mask)
-        self.check_count(x, mask, False)
-        batch, number = moments_of(x, mask), total(x, mask)
+        batch, number = moments(x, mask, BATCH), total(x, mask)
         means, variances = self.window_with(batch)
         pooled = self.pool(means, variances, self.there(self.burn_in))
-        self.count(
+        self.track(
             number,
-            {"memory_mean": means, "memory_var": variances},
             {"running_mean": batch[0].flatten(), "running_var": unbiased(batch[1].flatten(), number)},
+            {"memory_mean": means, "memory_var": variances},
         )
         return column(pooled[0]), column(pooled[1])
 
 
 @register("virtual_batch_norm", aliases=("vbn", "virtual_bn"))
-class VirtualBatchNorm(HistoryNorm):
+class VirtualBatchNorm(BatchFormulaNorm):
     r"""Standardise each sample by a reference batch, chosen once, with the sample itself added to it.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta, \qquad
@@ -509,7 +473,6 @@ class VirtualBatchNorm(HistoryNorm):
     """
 
     paper = Paper("Salimans et al.", 2016, "Improved Techniques for Training GANs", "1606.03498")
-    remembered = ("reference_mean", "reference_var", "reference_samples", "num_batches_tracked")
 
     def __init__(
         self,
@@ -522,12 +485,11 @@ class VirtualBatchNorm(HistoryNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
-        assert self.running_var is not None
-        self.buffer("reference_mean", 0.0, num_features, like=self.running_var)
-        self.buffer("reference_var", 1.0, num_features, like=self.running_var)
-        self.buffer("reference_samples", 0.0, 1, like=self.running_var)  # torch.compile forgets to write a scalar
+        self.buffer("reference_mean", 0.0, num_features)
+        self.buffer("reference_var", 1.0, num_features)
+        self.buffer("reference_samples", 0.0, 1)  # torch.compile forgets to write a scalar
         self.drop("running_mean", "running_var")
-        self.remember_before()
+        self.remember("reference_mean", "reference_var", "reference_samples", "num_batches_tracked")
         self.capturing = False
         self._shown = {"eps": self.eps}
 
@@ -538,7 +500,12 @@ class VirtualBatchNorm(HistoryNorm):
 
     def population(self) -> Moments:
         """The moments of the reference batch."""
-        return Moments(self.get_buffer("reference_mean"), self.get_buffer("reference_var"), 1.0)
+        return Moments(self.recall("reference_mean"), self.recall("reference_var"), 1.0)
+
+    def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
+        """Refuse a reference with a single value for each channel."""
+        if self.capturing:
+            super().check_count(x, mask, channels_last)
 
     def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of the reference with each sample, ``(b, c, 1)``; in its own pass, of the reference, ``(1, c, 1)``."""
@@ -546,17 +513,16 @@ class VirtualBatchNorm(HistoryNorm):
         samples = self.recall("reference_samples")
         # a sample of which nothing is real, and any while there is no reference, adds nothing
         weight = torch.where(samples > 0, 1 / (samples + 1), 0)
-        mean, var = blend(reference, moments_of(x, mask, SAMPLE), weight)
+        mean, var = blend(reference, moments(x, mask, SAMPLE), weight)
         if not self.training:
             return mean, var
         capture = (samples == 0) | self.capturing  # a tensor: a graph has no branch that depends on data
-        if self.capturing:
-            self.check_count(x, mask, False)
-        batch = moments_of(x, mask)
+        batch = moments(x, mask, BATCH)
         present = torch.full_like(samples, len(x)) if mask is None else mask.any(2).sum().view(1)
         news = {"reference_mean": batch[0], "reference_var": batch[1], "reference_samples": present.to(samples.dtype)}
-        self.count(
+        self.track(
             total(x, mask),
+            {},
             {name: torch.where(capture.view(()), new, self.recall(name).view(new.shape)) for name, new in news.items()},
         )
         return torch.where(capture, batch[0], mean), torch.where(capture, batch[1], var)

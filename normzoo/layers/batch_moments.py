@@ -1,201 +1,19 @@
-"""Batch norm with other statistics: without one of its two halves, by other deviations, over channel groups, frozen.
-
-``BatchFormulaNorm`` and the statistics of masked tensors, which the other families of batch norms share, live here too.
-"""
+"""Batch norm with other statistics: without one of its two halves, by other deviations, over channel groups, frozen."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from normzoo import ops
 from normzoo.errors import NormzooError, OptionError
-from normzoo.layers.base import FormulaNorm, MomentNorm, Paper, Traits, in_backward
+from normzoo.layers.base import MomentNorm, Paper, Traits
+from normzoo.layers.parts import BATCH, BatchFormulaNorm, column, mean, total
 from normzoo.ops import Moments
 from normzoo.registry import register
-
-# ---- what the families of batch norms share --------------------------------------------------------------------------
-
-BATCH = (0, 2)
-"""Samples and positions of ``(b, c, s)``: a statistic for each channel."""
-
-SAMPLE = (2,)
-"""Positions of ``(b, c, s)``: a statistic for each channel of each sample."""
-
-
-def number(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) -> Tensor | float:
-    """How many real elements each statistic of ``(b, c, s)`` over ``axes`` has; the mask is ``(b, 1, s)``."""
-    if mask is None:
-        return float(math.prod([x.shape[axis] for axis in axes]))
-    return mask.to(x.dtype).sum(axes, keepdim=True)
-
-
-def average(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) -> Tensor:
-    """Mean of the real elements of ``(b, c, s)`` over ``axes``, which stay as ones; zero where there are none."""
-    count = number(x, mask, axes)
-    if isinstance(count, Tensor) and mask is not None:
-        return torch.where(mask, x, 0).sum(axes, keepdim=True) / count.clamp(min=1)
-    return x.sum(axes, keepdim=True) / max(count, 1)  # pyright: ignore[reportArgumentType]
-
-
-def moments_of(x: Tensor, mask: Tensor | None, axes: tuple[int, ...] = BATCH) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of the real elements of ``(b, c, s)`` over ``axes``, in two passes."""
-    mean = average(x, mask, axes)
-    return mean, average((x - mean).square(), mask, axes)
-
-
-def total(x: Tensor, mask: Tensor | None) -> Tensor | float:
-    """How many real elements a channel of ``(b, c, s)`` has: a number, or a tensor of one where there is a mask."""
-    count = number(x, mask)
-    return count.flatten() if isinstance(count, Tensor) else count
-
-
-def unbiased(var: Tensor, count: Tensor | float) -> Tensor:
-    """The unbiased variance of so many elements from the biased one."""
-    return var * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / max(count - 1, 1))
-
-
-def blend(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: Tensor | float) -> tuple[Tensor, Tensor]:
-    r"""Mean and variance of a mixture that takes its elements from ``second`` with probability ``weight``.
-
-    .. math:: \mu = (1-w)\mu_1 + w\mu_2, \qquad \sigma^2 = (1-w)\sigma_1^2 + w\sigma_2^2 + w(1-w)(\mu_1-\mu_2)^2
-
-    The same as mixing the first two raw moments, without their cancellation.
-    """
-    (mean_1, var_1), (mean_2, var_2) = first, second
-    between = weight * (1 - weight) * (mean_1 - mean_2).square()
-    return (1 - weight) * mean_1 + weight * mean_2, (1 - weight) * var_1 + weight * var_2 + between
-
-
-def column(x: Tensor) -> Tensor:
-    """A value for each channel, ``(c,)``, brought to ``(1, c, 1)``."""
-    return x.view(1, -1, 1)
-
-
-def snapshot(buffer: Tensor) -> Tensor:
-    """A copy of a buffer that is written to later in the same forward pass."""
-    if torch.compiler.is_compiling():
-        # A compiled backward pass makes plain copies anew instead of saving them, from what is in the buffer by then.
-        # It saves the result of a scan, which over a single element is a copy.
-        return buffer.unsqueeze(0).cumsum(0).squeeze(0)
-    return buffer.clone()
-
-
-class BatchFormulaNorm(FormulaNorm, MomentNorm):
-    r"""A norm of batch statistics whose author writes its formula on ``(b, c, s)``.
-
-    .. math:: y = \gamma \frac{x - m}{\sqrt{v + \varepsilon}} + \beta
-
-    A subclass says how the centre :math:`m` and the squared scale :math:`v` of a batch are measured
-    (:meth:`measure`), or writes another formula over :meth:`statistics`. The formula gets float32 or wider, as in
-    :class:`~normzoo.layers.base.FormulaNorm`; the running statistics are those of
-    :class:`~normzoo.layers.base.MomentNorm`.
-
-    Args:
-        num_features: number of channels ``C``.
-        eps: :math:`\varepsilon`, added to the squared scale.
-        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``) for each channel.
-        momentum: weight of the new value in the running averages; ``None`` is the cumulative average.
-        track_running_stats: keep running averages and use them in evaluation.
-        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
-        device: where the parameters live.
-        dtype: their dtype.
-    """
-
-    moments = "b c s -> c"
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        momentum: float | None = 0.1,
-        track_running_stats: bool = True,
-        channel_dim: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        MomentNorm.__init__(
-            self, num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
-            channel_dim=channel_dim, device=device, dtype=dtype,
-        )  # fmt: skip
-
-    @property
-    def synchronizable(self) -> bool:
-        """The statistics are those of this process."""
-        return False
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether this forward pass uses the running statistics."""
-        return self.track_running_stats and not self.training
-
-    def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Centre and squared scale of a batch ``(b, c, s)``, each ``(1, c, 1)``, differentiable."""
-        return moments_of(x, mask)
-
-    def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The batch's centre and squared scale, which are counted, in training; the running ones in evaluation."""
-        if self.evaluates:
-            mean, var, _ = self.population()
-            return column(mean), column(var)
-        self.check_count(x, mask, False)
-        mean, var = self.measure(x, mask)
-        if x.numel():
-            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), total(x, mask)))
-        return mean, var
-
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Subtract the centre and divide by the scale."""
-        centre, squared_scale = self.statistics(x, mask)
-        return (x - centre) * torch.rsqrt(squared_scale + self.eps)
-
-    def buffer(self, name: str, value: float, *shape: int, like: Tensor) -> None:
-        """Register a constant buffer with the dtype and device of ``like``; it stays float32 or wider."""
-        self.register_buffer(name, torch.full(shape, value, device=like.device, dtype=like.dtype))
-
-    def drop(self, *names: str) -> None:
-        """Make running statistics that this norm has not a plain ``None``: torch.export trips over empty buffers."""
-        for name in names:
-            delattr(self, name)
-            setattr(self, name, None)
-
-    @property
-    def counts(self) -> bool:
-        """Whether this forward pass counts: in training, not held, and not repeated inside a backward pass."""
-        return self.track_running_stats and self.training and not self.hold and not in_backward()
-
-    @torch.no_grad()
-    def track(self, count: Tensor | float, news: Mapping[str, Tensor]) -> None:
-        """Count new values into the running averages of these names, each of shape ``(c,)``.
-
-        A batch without a real position is none.
-        """
-        if not self.counts:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_((count > 0).long().squeeze() if isinstance(count, Tensor) else 1)
-        for name, value in news.items():
-            running = self.get_buffer(name)
-            weight = self.num_batches_tracked.to(running.dtype).reciprocal() if self.momentum is None else self.momentum
-            if isinstance(count, Tensor):
-                weight = weight * (count > 0).to(running.dtype)  # no real position, no news
-            running.lerp_(value.to(running.dtype), weight)
-
-    def reset_running_stats(self) -> None:
-        """Forget the running statistics."""
-        for name, buffer in self.named_buffers(recurse=False):
-            buffer.fill_(1 if name.endswith(("var", "scale")) else 0)
-
-    def extra_repr(self) -> str:
-        """The options that differ from their defaults, and the choices that were made."""
-        return MomentNorm.extra_repr(self)
-
 
 # ---- one half of batch norm ------------------------------------------------------------------------------------------
 
@@ -272,13 +90,13 @@ class MeanOnlyBatchNorm(BatchFormulaNorm):
 
     def population(self) -> Moments:
         """The running mean, and a variance of one, which divides nothing."""
-        assert self.running_mean is not None
-        return Moments(self.running_mean, torch.ones_like(self.running_mean), 1.0)
+        centre = self.recall("running_mean")
+        return Moments(centre, torch.ones_like(centre), 1.0)
 
     def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The mean, and a squared scale of one."""
-        mean = average(x, mask)
-        return mean, torch.ones_like(mean)
+        centre = mean(x, mask, BATCH)
+        return centre, torch.ones_like(centre)
 
     def update(self, moments: Moments) -> None:
         """Count a training batch into the running mean."""
@@ -382,8 +200,11 @@ class DeviationNorm(BatchFormulaNorm):
             num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
-        self.register_buffer("running_scale", self.running_var)
-        self.drop("running_var")
+        if track_running_stats:
+            self.buffer("running_scale", 1.0, num_features)
+            self.drop("running_var")
+        else:
+            self.running_scale = None
 
     @abstractmethod
     def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -391,15 +212,13 @@ class DeviationNorm(BatchFormulaNorm):
 
     def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The mean and the squared deviation."""
-        mean = average(x, mask)
-        centred = x - mean
-        return mean, self.deviation(centred if mask is None else torch.where(mask, centred, 0), mask).square()
+        centre = mean(x, mask, BATCH)
+        centred = x - centre
+        return centre, self.deviation(centred if mask is None else torch.where(mask, centred, 0), mask).square()
 
     def population(self) -> Moments:
         """The running mean and the square of the running scale."""
-        assert self.running_mean is not None
-        assert self.running_scale is not None
-        return Moments(self.running_mean, self.running_scale.square(), 1.0)
+        return Moments(self.recall("running_mean"), self.recall("running_scale").square(), 1.0)
 
     def update(self, moments: Moments) -> None:
         """Count a training batch into the running mean and scale."""
@@ -476,7 +295,7 @@ class L1BatchNorm(DeviationNorm):
 
     def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The mean absolute value."""
-        return self.factor * average(x.abs(), mask)
+        return self.factor * mean(x.abs(), mask, BATCH)
 
 
 @register("lp_batch_norm", aliases=("lpbn",))
@@ -551,12 +370,12 @@ class LpBatchNorm(DeviationNorm):
     def deviation(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The root of the mean p-th power, in units of the largest deviation: no power over- or underflows."""
         if not x.numel():
-            return average(x, mask)
+            return mean(x, mask, BATCH)
         largest = x.detach().abs().amax(BATCH, keepdim=True)
         varies = largest > 0
         ratio = (x / torch.where(varies, largest, 1)).abs()
         some = ratio > 0  # a power of zero has no second derivative
-        power = average(torch.where(some, torch.where(some, ratio, 1) ** self.p, 0), mask)
+        power = mean(torch.where(some, torch.where(some, ratio, 1) ** self.p, 0), mask, BATCH)
         return self.factor * largest * torch.where(varies, power, 1) ** (1 / self.p)
 
 
@@ -630,7 +449,7 @@ class TopKBatchNorm(DeviationNorm):
         """The mean of the largest absolute values, times the factor for their number."""
         values = x.abs().transpose(0, 1).flatten(1)
         largest = values.topk(min(self.k, values.shape[1]), dim=1, sorted=False).values.sum(1)
-        count = torch.as_tensor(number(x, mask), dtype=x.dtype, device=x.device).flatten()
+        count = torch.as_tensor(total(x, mask), dtype=x.dtype, device=x.device)
         factor = (1 + math.sqrt(math.pi * math.log(4))) / torch.sqrt(8 * torch.log(count.clamp(min=2)))
         return column(factor * largest / count.clamp(1, self.k))
 

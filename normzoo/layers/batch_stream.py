@@ -16,8 +16,7 @@ from torch import Tensor
 from normzoo import ops
 from normzoo.errors import OptionError
 from normzoo.layers.base import Paper, Traits
-from normzoo.layers.batch_memory import HistoryNorm
-from normzoo.layers.batch_moments import BATCH, SAMPLE, average, column, moments_of, number, total
+from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, column, mean, moments, number, total
 from normzoo.ops import Moments, Pattern
 from normzoo.registry import register
 
@@ -29,7 +28,7 @@ def projection(gradient: Tensor, z: Tensor, count: Tensor) -> Tensor:
     return (gradient * z).sum(BATCH) / count.clamp(min=1)
 
 
-class SteeringNorm(HistoryNorm):
+class SteeringNorm(BatchFormulaNorm):
     """A norm whose backward pass keeps averages: abstract."""
 
     @property
@@ -161,7 +160,6 @@ class PowerNorm(SecondMomentNorm):
     """
 
     paper = Paper("Shen et al.", 2020, "PowerNorm: Rethinking Batch Normalization in Transformers", "2003.07845")
-    remembered = ("running_var", "num_batches_tracked")
 
     def __init__(
         self,
@@ -186,23 +184,22 @@ class PowerNorm(SecondMomentNorm):
             )
         self.warmup, self.backward_momentum = warmup, backward_momentum
         self._shown = {"warmup": warmup} | self._shown | {"backward_momentum": backward_momentum}
-        assert self.running_var is not None
-        self.buffer("gradient_average", 0.0, num_features, like=self.running_var)
-        self.remember_before()
+        self.buffer("gradient_average", 0.0, num_features)
+        self.remember("running_var", "num_batches_tracked")
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Divide by the running quadratic mean, or in the warm-up by the batch's."""
         if self.evaluates:
             return super().formula(x, mask)
         power, seen = self.recall("running_var").to(x.dtype), self.recall("num_batches_tracked")
-        batch, count = average(x.square(), mask), self.counted(x, mask)
+        batch, count = mean(x.square(), mask, BATCH), self.counted(x, mask)
         warm = seen < self.warmup
         z = x * torch.rsqrt(torch.where(warm, batch, column(power)) + self.eps)
         z = _PowerSteering.apply(
             z, self.get_buffer("gradient_average"), warm, count, self.backward_momentum, self.steers
         )
         assert self.momentum is not None
-        self.count(count, {"running_var": torch.lerp(power, batch.detach().flatten(), self.momentum)})
+        self.track(count, {}, {"running_var": torch.lerp(power, batch.detach().flatten(), self.momentum)})
         assert isinstance(z, Tensor)
         return z
 
@@ -293,7 +290,6 @@ class MovingAverageBatchNorm(SecondMomentNorm):
         "Yan et al.", 2020,
         "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", "2001.06838",
     )  # fmt: skip
-    remembered = ("running_var", "power_window", "num_batches_tracked")
 
     def __init__(
         self,
@@ -320,17 +316,16 @@ class MovingAverageBatchNorm(SecondMomentNorm):
             )
         self.window, self.warmup, self.rescale_after, self.r_max = window, warmup, rescale_after, r_max
         self._shown = {"window": window, "warmup": warmup} | self._shown
-        assert self.running_var is not None
-        self.buffer("power_window", 0.0, window, num_features, like=self.running_var)
-        self.buffer("gradient_window", 0.0, window, num_features, like=self.running_var)
-        self.remember_before()
+        self.buffer("power_window", 0.0, window, num_features)
+        self.buffer("gradient_window", 0.0, window, num_features)
+        self.remember("running_var", "power_window", "num_batches_tracked")
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Divide by the quadratic mean of the window, or in the warm-up by the batch's."""
         if self.evaluates:
             return super().formula(x, mask)
         running, seen = self.recall("running_var").to(x.dtype), self.recall("num_batches_tracked")
-        batch, count = average(x.square(), mask), self.counted(x, mask)
+        batch, count = mean(x.square(), mask, BATCH), self.counted(x, mask)
         powers = self.push("power_window", batch.detach())
         warm = (seen < self.window) | (seen + 1 < self.warmup)
         power = torch.where(warm, batch, column(powers.mean(0)))
@@ -341,7 +336,7 @@ class MovingAverageBatchNorm(SecondMomentNorm):
         r = torch.where(seen < max(self.rescale_after, self.warmup), 1, r)
         assert self.momentum is not None
         renewed = torch.lerp(running, power.detach().flatten(), self.momentum)
-        self.count(count, {"running_var": renewed, "power_window": powers})
+        self.track(count, {}, {"running_var": renewed, "power_window": powers})
         return z * r
 
 
@@ -435,7 +430,6 @@ class UnifiedNorm(SecondMomentNorm):
         "Yang et al.", 2022, "Unified Normalization for Accelerating and Stabilizing Transformers", "2208.01313"
     )
     expected_failures = _STEERED
-    remembered = ("running_var", "power_window", "num_batches_tracked")
 
     def __init__(
         self,
@@ -464,11 +458,10 @@ class UnifiedNorm(SecondMomentNorm):
         self.filter_outliers = filter_outliers
         self._shown = {"window": window, "warmup": warmup} | self._shown
         self._shown |= {} if filter_outliers else {"filter_outliers": False}
-        assert self.running_var is not None
-        self.buffer("power_window", 0.0, window, num_features, like=self.running_var)
-        self.buffer("gradient_window", 0.0, window, num_features, like=self.running_var)
-        self.buffer("gradient_average", 0.0, num_features, like=self.running_var)
-        self.remember_before()
+        self.buffer("power_window", 0.0, window, num_features)
+        self.buffer("gradient_window", 0.0, window, num_features)
+        self.buffer("gradient_average", 0.0, num_features)
+        self.remember("running_var", "power_window", "num_batches_tracked")
 
     def outlier(self, powers: Tensor, seen: Tensor) -> Tensor:
         """Whether the latest batch of the window sticks out."""
@@ -483,7 +476,7 @@ class UnifiedNorm(SecondMomentNorm):
     def scales(self, x: Tensor, mask: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Count a batch: its second moment, the gradient's factor, whether it stands by itself, and why."""
         running, seen = self.recall("running_var").to(x.dtype), self.recall("num_batches_tracked")
-        batch = average(x.square(), mask).flatten()
+        batch = mean(x.square(), mask, BATCH).flatten()
         powers = self.push("power_window", batch)
         outlier = self.outlier(powers, seen)
         skip = outlier if self.window > 1 else torch.ones_like(outlier)
@@ -493,7 +486,7 @@ class UnifiedNorm(SecondMomentNorm):
         r = torch.where((seen < max(self.rescale_after, self.warmup)) | skip, 1, r)
         assert self.momentum is not None
         kept = torch.cat([torch.where(outlier, running, batch).view(1, -1), powers[1:]])
-        self.count(count, {"running_var": torch.lerp(running, power, self.momentum), "power_window": kept})
+        self.track(count, {}, {"running_var": torch.lerp(running, power, self.momentum), "power_window": kept})
         return column(power), column(r), warm, skip
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -612,7 +605,6 @@ class OnlineNorm(SteeringNorm):
     """
 
     paper = Paper("Chiley et al.", 2019, "Online Normalization for Training Neural Networks", "1905.05894")
-    remembered = ("running_mean", "running_var", "num_batches_tracked")
     min_count = 1
     expected_failures = _STEERED
 
@@ -640,10 +632,9 @@ class OnlineNorm(SteeringNorm):
         self.forward_decay, self.backward_decay, self.guard = forward_decay, backward_decay, guard
         self._shown = {"forward_decay": forward_decay, "backward_decay": backward_decay, "eps": self.eps}
         self._shown |= {} if guard == "layer_scaling" else {"guard": guard}
-        assert self.running_var is not None
-        self.buffer("gradient_along", 0.0, num_features, like=self.running_var)
-        self.buffer("gradient_level", 0.0, num_features, like=self.running_var)
-        self.remember_before()
+        self.buffer("gradient_along", 0.0, num_features)
+        self.buffer("gradient_level", 0.0, num_features)
+        self.remember("running_mean", "running_var", "num_batches_tracked")
 
     @property
     def traits(self) -> Traits:
@@ -655,7 +646,7 @@ class OnlineNorm(SteeringNorm):
         """Standardise each sample by the averages before it."""
         if self.evaluates:
             return super().formula(x, mask)
-        means, variances = (moment[..., 0].detach() for moment in moments_of(x, mask, SAMPLE))
+        means, variances = (moment[..., 0].detach() for moment in moments(x, mask, SAMPLE))
         count = torch.as_tensor(number(x, mask, SAMPLE), dtype=x.dtype, device=x.device).view(-1, 1, 1)
         count = count.expand(len(x), 1, 1)
         mean, var = self.recall("running_mean").to(x.dtype), self.recall("running_var").to(x.dtype)
@@ -667,7 +658,7 @@ class OnlineNorm(SteeringNorm):
             mean = mean + rate * difference
             centres.append(mean)
             spreads.append(var)
-        self.count(total(x, mask), {"running_mean": mean, "running_var": var})
+        self.track(total(x, mask), {}, {"running_mean": mean, "running_var": var})
         z = _OnlineSteering.apply(
             x, torch.stack(centres)[:-1, :, None], torch.rsqrt(torch.stack(spreads)[:-1, :, None] + self.eps),
             self.get_buffer("gradient_along"), self.get_buffer("gradient_level"), count, 1 - self.backward_decay,
@@ -688,7 +679,7 @@ class OnlineNorm(SteeringNorm):
 
 
 @register("streaming_norm", aliases=("streaming_batch_norm",), contrib=True)
-class StreamingNorm(HistoryNorm):
+class StreamingNorm(BatchFormulaNorm):
     r"""Standardise by a mixture of a long memory and of the batches since it was renewed, the current one included.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{s^2 + \varepsilon}} + \beta, \qquad
@@ -737,7 +728,6 @@ class StreamingNorm(HistoryNorm):
         "Streaming Normalization: Towards Simpler and More Biologically-plausible Normalizations for Online and "
         "Recurrent Learning", "1610.06160",
     )  # fmt: skip
-    remembered = ("running_mean", "running_scale", "short_mean", "short_scale", "num_batches_tracked")
 
     def __init__(
         self,
@@ -763,12 +753,11 @@ class StreamingNorm(HistoryNorm):
             )
         self.long_weight, self.p, self.period = long_weight, p, period
         self._shown = {"long_weight": long_weight, "p": p, "period": period} | self._shown
-        assert self.running_var is not None
-        self.buffer("running_scale", 1.0, num_features, like=self.running_var)
-        self.buffer("short_mean", 0.0, num_features, like=self.running_var)
-        self.buffer("short_scale", 0.0, num_features, like=self.running_var)
+        self.buffer("running_scale", 1.0, num_features)
+        self.buffer("short_mean", 0.0, num_features)
+        self.buffer("short_scale", 0.0, num_features)
         self.drop("running_var")
-        self.remember_before()
+        self.remember("running_mean", "running_scale", "short_mean", "short_scale", "num_batches_tracked")
 
     @property
     def traits(self) -> Traits:
@@ -777,8 +766,7 @@ class StreamingNorm(HistoryNorm):
 
     def population(self) -> Moments:
         """The long-term mean, and the square of the long-term scale."""
-        assert self.running_mean is not None
-        return Moments(self.running_mean, self.get_buffer("running_scale").square(), 1.0)
+        return Moments(self.recall("running_mean"), self.recall("running_scale").square(), 1.0)
 
     def reset_running_stats(self) -> None:
         """Forget the statistics."""
@@ -788,10 +776,10 @@ class StreamingNorm(HistoryNorm):
 
     def measured(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and scale of a batch, each ``(c,)``."""
-        centre = average(x, mask)
+        centre = mean(x, mask, BATCH)
         if self.p == 1:
-            return centre.flatten(), average((x - centre).abs(), mask).flatten()
-        var = average((x - centre).square(), mask).flatten()
+            return centre.flatten(), mean((x - centre).abs(), mask, BATCH).flatten()
+        var = mean((x - centre).square(), mask, BATCH).flatten()
         varies = var > 0
         return centre.flatten(), torch.where(varies, torch.where(varies, var, 1).sqrt(), 0)  # no slope at zero
 
@@ -799,7 +787,6 @@ class StreamingNorm(HistoryNorm):
         """The mixture of the long and the short memory."""
         if self.evaluates:
             return super().statistics(x, mask)
-        self.check_count(x, mask, False)
         place = self.recall("num_batches_tracked") % self.period  # in the present period
         written, mixed = {}, []
         for name, new in zip(("mean", "scale"), self.measured(x, mask), strict=True):
@@ -810,5 +797,5 @@ class StreamingNorm(HistoryNorm):
             over = place + 1 == self.period
             written[f"running_{name}"] = torch.where(over, torch.lerp(long, short, self.momentum), long)
             written[f"short_{name}"] = torch.where(over, 0, short)
-        self.count(total(x, mask), written)
+        self.track(total(x, mask), {}, written)
         return column(mixed[0]), column(mixed[1].square())

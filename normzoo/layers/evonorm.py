@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.layers.base import FormulaNorm, Paper, Traits, choose_groups
-from normzoo.layers.parts import BatchFormulaNorm, column, mean, moments
+from normzoo.layers.parts import SAMPLE, BatchFormulaNorm, column, mean, moments
 from normzoo.registry import register
 
 _PAPER = Paper("Liu et al.", 2020, "Evolving Normalization-Activation Layers", "2004.02967")
@@ -39,7 +39,7 @@ class EvoNormB(BatchFormulaNorm):
             num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
-        self.running_mean = None  # the mean is not used
+        self.drop("running_mean")  # the mean is not used
 
     @property
     def traits(self) -> Traits:
@@ -52,6 +52,10 @@ class EvoNormB(BatchFormulaNorm):
             scale_invariant=self.invariant,
             includes_activation=True,
         )
+
+    def spread(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The standard deviation of the batch, which is counted, in training; the running one in evaluation."""
+        return (self.statistics(x, mask)[1] + self.eps).sqrt()
 
 
 @register("evonorm_b0", aliases=("evo_norm_b0",))
@@ -111,10 +115,10 @@ class EvoNormB0(EvoNormB):
         )  # fmt: skip
         self.v = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype)) if affine else None
 
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The expression B0."""
-        own = (moments(x, mask, (2,))[1] + self.eps).sqrt()
-        return x / torch.maximum((var + self.eps).sqrt(), (x if self.v is None else column(self.v) * x) + own)
+        own = (moments(x, mask, SAMPLE)[1] + self.eps).sqrt()
+        return x / torch.maximum(self.spread(x, mask), (x if self.v is None else column(self.v) * x) + own)
 
 
 @register("evonorm_b1", aliases=("evo_norm_b1",))
@@ -152,10 +156,10 @@ class EvoNormB1(EvoNormB):
         Liu et al. 2020, Evolving Normalization-Activation Layers, arXiv 2004.02967, appendix.
     """
 
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The expression B1."""
-        own = (mean(x.square(), mask, (2,)) + self.eps).sqrt()
-        return x / torch.maximum((var + self.eps).sqrt(), (x + 1) * own)
+        own = (mean(x.square(), mask, SAMPLE) + self.eps).sqrt()
+        return x / torch.maximum(self.spread(x, mask), (x + 1) * own)
 
 
 @register("evonorm_b2", aliases=("evo_norm_b2",))
@@ -195,10 +199,10 @@ class EvoNormB2(EvoNormB):
 
     invariant = True
 
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The expression B2."""
-        own = (mean(x.square(), mask, (2,)) + self.eps).sqrt()
-        return x / torch.maximum((var + self.eps).sqrt(), own - x)
+        own = (mean(x.square(), mask, SAMPLE) + self.eps).sqrt()
+        return x / torch.maximum(self.spread(x, mask), own - x)
 
 
 class EvoNormS(FormulaNorm):

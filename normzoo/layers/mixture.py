@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normzoo.errors import OptionError
 from normzoo.layers.base import Norm, Paper, Traits
 from normzoo.layers.batch import BatchNorm
-from normzoo.layers.parts import BatchFormulaNorm, column, gate_weights, moments, wide
+from normzoo.layers.parts import SAMPLE, BatchFormulaNorm, column, gate_weights, moments, wide
 from normzoo.layers.sample import InstanceNorm
 from normzoo.ops import affine
 from normzoo.registry import register
@@ -56,11 +56,12 @@ class MixedMomentsNorm(BatchFormulaNorm):
         """Three shares that sum to one, for instance, layer and batch norm."""
         return wide(weights).softmax(0)
 
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standardise by the mixed moments."""
-        mu_in, var_in = moments(x, mask, (2,))
-        mu_ln, var_ln = moments(x, mask, (1, 2))
         p, q = self.shares(self.mean_weight), self.shares(self.var_weight)
+        mu_in, var_in = moments(x, mask, SAMPLE)
+        mu_ln, var_ln = moments(x, mask, (1, 2))
+        mu, var = self.statistics(x, mask)
         mixed = q[0] * var_in + q[1] * var_ln + q[2] * var
         return (x - (p[0] * mu_in + p[1] * mu_ln + p[2] * mu)) * torch.rsqrt(mixed + self.eps)
 
@@ -232,14 +233,12 @@ class SparseSwitchableNorm(MixedMomentsNorm):
             raise OptionError(f"ramp={ramp!r}; expected a positive number of batches")
         self.ramp = ramp
         self._shown |= {"ramp": ramp}
+        self.remember("num_batches_tracked")
 
     def radius(self) -> Tensor:
-        """The radius for the number of batches seen."""
-        assert self.num_batches_tracked is not None
+        """The radius for the number of batches seen, that at hand not among them."""
         assert self.running_var is not None
-        seen = self.num_batches_tracked.to(self.running_var.dtype)
-        if self.training and not self.hold:
-            seen = seen - 1  # the batch at hand is counted by now, and is not counted again where it is repeated
+        seen = self.recall("num_batches_tracked").to(self.running_var.dtype)
         return (seen / self.ramp).clamp(0, 1) * math.sqrt(2 / 3)
 
     def shares(self, weights: Tensor) -> Tensor:
@@ -327,9 +326,10 @@ class BatchInstanceNorm(BatchFormulaNorm):
             shift_invariant=True,
         )
 
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Both, in the shares of the gate."""
-        mu_in, var_in = moments(x, mask, (2,))
+        mu_in, var_in = moments(x, mask, SAMPLE)
+        mu, var = self.statistics(x, mask)
         gate = column(self.gate)
         share = gate + (gate.clamp(0, 1) - gate).detach()
         batch = (x - mu) * torch.rsqrt(var + self.eps)
@@ -523,10 +523,10 @@ class ExemplarNorm(BatchFormulaNorm):
             shift_invariant=True,
         )
 
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standardise three times, in the shares of the sample."""
-        own, own_var = moments(x, mask, (2,))
-        pairs = [(own, own_var), moments(x, mask, (1, 2)), (mu, var)]
+        own, own_var = moments(x, mask, SAMPLE)
+        pairs = [(own, own_var), moments(x, mask, (1, 2)), self.statistics(x, mask)]
         scaled = [(m, torch.rsqrt(v + self.eps)) for m, v in pairs]
         z = torch.stack([_times(((own - m) * inverse).squeeze(2), self.narrow) for m, inverse in scaled], 1)
         gram = (z.unsqueeze(1) * z.unsqueeze(2)).sum(3)

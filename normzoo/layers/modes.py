@@ -8,14 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.errors import OptionError
-from normzoo.layers.base import Paper, Traits, in_backward
-from normzoo.layers.parts import StatefulFormulaNorm, at_least_one, gate_weights, moments, number, wide
+from normzoo.layers.base import Paper, Traits
+from normzoo.layers.parts import (
+    BATCH,
+    SAMPLE,
+    BatchFormulaNorm,
+    at_least_one,
+    gate_weights,
+    moments,
+    number,
+    total,
+    wide,
+)
 from normzoo.ops import Moments
 from normzoo.registry import register
 
 
 @register("mode_norm", aliases=("mode_normalization",))
-class ModeNorm(StatefulFormulaNorm):
+class ModeNorm(BatchFormulaNorm):
     r"""Standardise by the moments of several modes, to which a gate assigns each sample in shares.
 
     .. math:: y = \gamma_c \sum_k g_{b,k} \frac{x - \mu_{k,c}}{\sqrt{\sigma_{k,c}^2 + \varepsilon}} + \beta_c, \qquad
@@ -90,11 +100,6 @@ class ModeNorm(StatefulFormulaNorm):
         return (self._modes, self.num_features)
 
     @property
-    def synchronizable(self) -> bool:
-        """Not over processes: the shares of a mode need not sum to a whole sample."""
-        return False
-
-    @property
     def traits(self) -> Traits:
         """The gate sees the whole sample, and its scale."""
         single = self.modes == 1
@@ -115,18 +120,17 @@ class ModeNorm(StatefulFormulaNorm):
 
     def mode_moments(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The gates, ``(b, k)``, and the mean and variance of each mode, ``(k, c)``."""
-        own_mean, own_var = (moment.flatten(1) for moment in moments(x, mask, (2,)))
+        own_mean, own_var = (moment.flatten(1) for moment in moments(x, mask, SAMPLE))
         gates = self.gates(own_mean)
-        if self.track_running_stats and not self.training:
-            population = self.population()  # copies: a later training step writes into the buffers
-            return gates, population.mean.clone(), population.var.clone()
-        count = number(x, mask, (2,))
+        if self.evaluates:
+            mu, var, _ = self.population()
+            return gates, mu, var
+        count = number(x, mask, SAMPLE)
         mass = gates * (count[:, 0] if isinstance(count, Tensor) else at_least_one(count))
         share = (mass / mass.sum(0).clamp(min=torch.finfo(x.dtype).tiny)).unsqueeze(2)
         mu = (share * own_mean.unsqueeze(1)).sum(0)
         var = (share * (own_var.unsqueeze(1) + (own_mean.unsqueeze(1) - mu).square())).sum(0)
-        whole = count[:, 0].sum() if isinstance(count, Tensor) else mass.new_full((), count * len(x))
-        self.update(Moments(mu.detach(), var.detach(), whole.expand_as(var)))
+        self.update(Moments(mu.detach(), var.detach(), total(x, mask)))
         return gates, mu, var
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,7 +144,7 @@ class ModeNorm(StatefulFormulaNorm):
 
 
 @register("mixture_norm", aliases=("mixture_normalization",), contrib=True)
-class MixtureNorm(StatefulFormulaNorm):
+class MixtureNorm(BatchFormulaNorm):
     r"""Standardise by the components of a Gaussian mixture that is fitted to the batch.
 
     .. math:: y = \gamma_c \sum_k \frac{p_k(x)}{\sqrt{\lambda_k}}
@@ -188,6 +192,7 @@ class MixtureNorm(StatefulFormulaNorm):
     expected_failures = {
         name: "the responsibilities are constants for the gradient" for name in ("gradcheck", "gradgradcheck")
     }
+    running_weight: Tensor | None
     paper = Paper("Kalayeh & Shah", 2018, "Training Faster by Separating Modes of Variation", "1806.02892")
 
     def __init__(
@@ -215,20 +220,13 @@ class MixtureNorm(StatefulFormulaNorm):
         self.components, self.iterations = components, iterations
         self.places = [NormalDist().inv_cdf((k + 0.5) / components) for k in range(components)]
         self._shown |= {"components": components, "iterations": iterations}
-        self.running_weight: Tensor | None
-        if self.running_var is not None:
-            start = torch.full((components,), 1 / components, device=device, dtype=self.running_var.dtype)
-            self.register_buffer("running_weight", start)
+        if track_running_stats:
+            self.buffer("running_weight", 1 / components, components)
         else:
             self.running_weight = None
 
     def _population_shape(self) -> tuple[int, ...]:
         return (self._components, self.num_features)
-
-    @property
-    def synchronizable(self) -> bool:
-        """Not over processes: each fits a mixture of its own."""
-        return False
 
     @property
     def traits(self) -> Traits:
@@ -264,7 +262,7 @@ class MixtureNorm(StatefulFormulaNorm):
     @torch.no_grad()
     def fit(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Responsibilities of the components for ``(b, c, s)``, by expectation maximisation."""
-        mean, whole = moments(x, mask, (0, 2))
+        mean, whole = moments(x, mask, BATCH)
         mu = torch.stack([(mean + place * whole.sqrt()).flatten() for place in self.places])
         var = whole.flatten().expand_as(mu)
         weight = x.new_full((self.components,), 1 / self.components)
@@ -275,10 +273,9 @@ class MixtureNorm(StatefulFormulaNorm):
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standardise by each component, by its responsibility."""
-        if self.track_running_stats and not self.training:
-            assert self.running_weight is not None
-            population = self.population()  # copies: a later training step writes into the buffers
-            weight, mu, var = (t.clone().to(x.dtype) for t in (self.running_weight, population.mean, population.var))
+        if self.evaluates:
+            population = self.population()
+            weight, mu, var = (t.to(x.dtype) for t in (self.recall("running_weight"), population.mean, population.var))
             with torch.no_grad():
                 p = self.responsibilities(x, weight, mu, var)
         else:
@@ -297,14 +294,15 @@ class MixtureNorm(StatefulFormulaNorm):
     def update(self, moments: Moments) -> None:
         """Count a training batch into the running averages, the weights of the components among them."""
         super().update(moments)
-        if not (self.track_running_stats and self.training) or self.hold or in_backward():
+        if not self.counts:
             return
         assert self.running_weight is not None
-        assert self.num_batches_tracked is not None
         assert isinstance(moments.number, Tensor)
         mass = moments.number[:, 0].to(self.running_weight.dtype)
-        new = self.num_batches_tracked.to(mass.dtype).reciprocal() if self.momentum is None else self.momentum
-        self.running_weight.lerp_(mass / mass.sum().clamp(min=1), new * (mass.sum() > 0).to(mass.dtype))
+        whole = mass.sum()
+        self.running_weight.lerp_(
+            mass / whole.clamp(min=1), self.latest_weight(mass.dtype) * (whole > 0).to(mass.dtype)
+        )
 
     def reset_running_stats(self) -> None:
         """Forget the running averages."""

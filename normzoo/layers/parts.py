@@ -1,17 +1,22 @@
-"""What several norms share beyond the contract: moments with a mask, parameters inside the formula, safe roots."""
+"""What several norms share beyond the contract: moments with a mask, formulas of batch statistics, safe roots."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import inspect
+import math
 
 import torch
 from torch import Tensor, nn
 
-from normzoo import ops
-from normzoo.errors import NormzooError
-from normzoo.layers.base import FormulaNorm, MomentNorm, Traits, through_formula, world_size
+from normzoo.layers.base import FormulaNorm, MomentNorm, Traits, world_size
 from normzoo.ops import Moments, wide
 from normzoo.ops.sync import merge
+
+BATCH = (0, 2)
+"""Samples and positions of ``(b, c, s)``: a statistic for each channel."""
+
+SAMPLE = (2,)
+"""Positions of ``(b, c, s)``: a statistic for each channel of each sample."""
 
 PER_POSITION = Traits(batch_dependent=False, causal=True, causal_in_training=True)
 """Each position by itself, nothing invariant."""
@@ -21,13 +26,15 @@ PER_POSITION_SCALED = Traits(batch_dependent=False, causal=True, causal_in_train
 
 
 def number(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor | float:
-    """How many real elements ``(b, c, s)`` has along ``dims``, as a float, or a tensor where a mask decides."""
-    if mask is not None:
-        return mask.expand_as(x).to(x.dtype).sum(dims, keepdim=True)
-    count = 1
-    for dim in dims:
-        count *= x.shape[dim]
-    return float(count)
+    """How many real elements ``x`` has along ``dims``: a number, or a tensor where a mask decides, which broadcasts.
+
+    >>> number(torch.ones(2, 3, 4), None, BATCH), number(torch.ones(2, 3, 4), torch.ones(2, 1, 4).bool(), BATCH)
+    (8.0, tensor([[[8.]]]))
+    """
+    if mask is None:
+        return math.prod([x.shape[dim] for dim in dims])
+    repeated = math.prod([x.shape[dim] if mask.shape[dim] == 1 else 1 for dim in dims])
+    return mask.to(x.dtype).sum(dims, keepdim=True) * repeated
 
 
 def at_least_one(count: Tensor | float) -> Tensor | float:
@@ -35,21 +42,27 @@ def at_least_one(count: Tensor | float) -> Tensor | float:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
 
 
+def total(x: Tensor, mask: Tensor | None) -> Tensor | float:
+    """How many real elements a channel of ``(b, c, s)`` has: a number, or a tensor of one where there is a mask."""
+    count = number(x, mask, BATCH)
+    return count.flatten() if isinstance(count, Tensor) else count
+
+
 def mean(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor:
-    """Mean of the real elements along ``dims``; masked ones must be zero already, as in a formula they are."""
-    return x.sum(dims, keepdim=True) / at_least_one(number(x, mask, dims))
+    """Mean of the real elements along ``dims``, which stay as ones; zero where there are none."""
+    real = x if mask is None else torch.where(mask, x, 0)
+    return real.sum(dims, keepdim=True) / at_least_one(number(x, mask, dims))
 
 
 def moments(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the real elements along ``dims``, in two passes.
 
-    >>> mu, var = moments(torch.tensor([[[1.0, 3.0, 0.0]]]), torch.tensor([[[True, True, False]]]), (2,))
+    >>> mu, var = moments(torch.tensor([[[1.0, 3.0, 0.0]]]), torch.tensor([[[True, True, False]]]), SAMPLE)
     >>> mu.item(), var.item()
     (2.0, 1.0)
     """
     mu = mean(x, mask, dims)
-    deviation = x - mu if mask is None else torch.where(mask, x - mu, 0)
-    return mu, mean(deviation.square(), mask, dims)
+    return mu, mean((x - mu).square(), mask, dims)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -57,9 +70,9 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
-def column(parameter: Tensor) -> Tensor:
-    """A parameter for each channel, as it meets ``(b, c, s)``: in float32 at least."""
-    return wide(parameter).view(-1, 1)
+def column(x: Tensor) -> Tensor:
+    """A value for each channel, ``(c,)``, as it meets ``(b, c, s)``: ``(1, c, 1)``, in float32 at least."""
+    return wide(x).view(1, -1, 1)
 
 
 def gate_weights(
@@ -82,8 +95,27 @@ class WholeFormulaNorm(FormulaNorm):
         return z
 
 
-class StatefulFormulaNorm(MomentNorm):
-    """A formula norm with running averages: abstract. Gain and shift for each channel follow the formula."""
+class BatchFormulaNorm(FormulaNorm, MomentNorm):
+    r"""A norm of batch statistics whose author writes its formula on ``(b, c, s)``.
+
+    .. math:: y = \gamma \frac{x - m}{\sqrt{v + \varepsilon}} + \beta
+
+    A subclass says how the centre :math:`m` and the squared scale :math:`v` of a batch are measured
+    (:meth:`measure`), or writes another formula over :meth:`statistics`. The formula gets float32 or wider, as in
+    :class:`~normzoo.layers.base.FormulaNorm`; the running statistics are those of
+    :class:`~normzoo.layers.base.MomentNorm`.
+
+    Args:
+        num_features: number of channels ``C``.
+        eps: :math:`\varepsilon`, added to the squared scale.
+        affine: learn :math:`\gamma` (``weight``) and :math:`\beta` (``bias``) for each channel.
+        momentum: weight of the new value in the running averages; ``None`` is the cumulative average.
+        track_running_stats: keep running averages and use them in evaluation.
+        sync: take mean and variance over all processes of ``torch.distributed``; only for a norm that measures these.
+        channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
+        device: where the parameters live.
+        dtype: their dtype.
+    """
 
     moments = "b c s -> c"
 
@@ -100,62 +132,61 @@ class StatefulFormulaNorm(MomentNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
+        MomentNorm.__init__(
+            self, num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
 
-    @abstractmethod
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The norm without its affine part: ``x`` is ``(b, c, s)``, ``mask`` is ``(b, 1, s)`` or ``None``."""
-
-    def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
-        """Refuse a batch with a single value for each channel, whose variance is zero whatever the input."""
-        if mask is None and not self.sync and x.numel() == self.num_features:
-            raise NormzooError(
-                f"{type(self).__name__} got one value per channel, from a batch of one sample with one position: the "
-                "variance of the batch is zero whatever the input. Use larger batches or feature maps (drop_last=True "
-                "for a last batch of one), or a norm without batch statistics (layer_norm, group_norm)"
-            )
+    @property
+    def synchronizable(self) -> bool:
+        """Where the norm has the option; the statistics of others are those of this process."""
+        return "sync" in inspect.signature(type(self)).parameters
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Bring the input to the formula, and its result back."""
-        if self.training or not self.track_running_stats:
+        if not self.evaluates:
             self.check_count(x, mask, channels_last)
-        return through_formula(
-            x, mask, channels_last,
-            lambda z, real: ops.affine(self.formula(z, real), self.weight, self.bias, channels_last=False),
-        )  # fmt: skip
+        return super().normalize(x, mask, channels_last)
 
+    def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Centre and squared scale of a batch ``(b, c, s)``, each ``(1, c, 1)``, differentiable."""
+        return moments(x, mask, BATCH)
 
-class BatchFormulaNorm(StatefulFormulaNorm):
-    r"""A norm that mixes batch statistics with something else: abstract.
-
-    The moments of the batch, :math:`\mu_c` and :math:`\sigma_c^2` (biased), come as differentiable tensors of shape
-    ``(1, c, 1)``, synchronised and counted into the running averages; in evaluation the running averages come in
-    their place.
-    """
-
-    @abstractmethod
-    def combine(self, x: Tensor, mask: Tensor | None, mu: Tensor, var: Tensor) -> Tensor:
-        """The norm without its affine part, from the moments of the batch."""
+    def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The batch's centre and squared scale, which are counted, in training; the running ones in evaluation."""
+        if self.evaluates:
+            centre, squared_scale, _ = self.population()
+            return column(centre), column(squared_scale)
+        centre, squared_scale = self.measure(x, mask)
+        count = total(x, mask)
+        if self.sync and self.training and world_size(self.process_group) > 1:
+            here = count.view(1, 1, 1) if isinstance(count, Tensor) else count
+            centre, squared_scale, counts = merge(centre, squared_scale, here, self.process_group)
+            count = counts.flatten()
+        self.update(Moments(centre.detach().flatten(), squared_scale.detach().flatten(), count))
+        return centre, squared_scale
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Find the moments, then combine."""
-        return self.combine(x, mask, *self.batch_moments(x, mask))
+        """Subtract the centre and divide by the scale."""
+        centre, squared_scale = self.statistics(x, mask)
+        return (x - centre) * torch.rsqrt(squared_scale + self.eps)
 
-    def batch_moments(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The moments of the batch, counted into the running averages in training; else these averages."""
-        if self.track_running_stats and not self.training:
-            # copies: a later training step writes into the buffers, which a backward pass may still need
-            population = self.population()
-            return population.mean.clone().view(1, -1, 1), population.var.clone().view(1, -1, 1)
-        count = number(x, mask, (0, 2))
-        mu, var = moments(x, mask, (0, 2))
-        if isinstance(count, Tensor):
-            count = count.expand_as(mu)
-        if self.sync and self.training and world_size(self.process_group) > 1:
-            mu, var, count = merge(mu, var, count, self.process_group)
-        seen = count.detach().flatten() if isinstance(count, Tensor) else torch.full_like(var[0, :, 0], count)
-        self.update(Moments(mu.detach().flatten(), var.detach().flatten(), seen))
-        return mu, var
+    def buffer(self, name: str, value: float, *shape: int) -> None:
+        """Register a constant buffer beside the running variance, with its dtype and device."""
+        assert self.running_var is not None
+        self.register_buffer(name, self.running_var.new_full(shape, value))
+
+    def drop(self, *names: str) -> None:
+        """Make running statistics that this norm has not a plain ``None``: torch.export trips over empty buffers."""
+        for name in names:
+            delattr(self, name)
+            setattr(self, name, None)
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics: variances and scales become one, all else zero."""
+        for name, buffer in self.named_buffers(recurse=False):
+            buffer.fill_(1 if name.endswith(("var", "scale")) else 0)
+
+    def extra_repr(self) -> str:
+        """The options that differ from their defaults, and the choices that were made."""
+        return MomentNorm.extra_repr(self)

@@ -28,7 +28,7 @@ from normzoo.ops.pattern import divisors
 from normzoo.ops.sync import merge
 from normzoo.registry import register
 
-# ---- products of matrices ---------------------------------------------------------------------------------------------
+# ---- products of matrices --------------------------------------------------------------------------------------------
 
 
 class _Product(torch.autograd.Function):
@@ -173,9 +173,13 @@ def newton_schulz(cov: Tensor, eps: float, iterations: int) -> Tensor:
     one = identity(cov)
     cov = cov + eps * one
     size = trace(cov)
-    w, scaled = one.expand_as(cov), cov / size
-    for _ in range(iterations):
-        w = 1.5 * w - 0.5 * product(w, w, w, scaled)
+    # w is the paper's P, and root is P cov / size: by the two of them rounding errors die out, by P alone they grow
+    w, root = one.expand_as(cov), cov / size
+    for step in range(iterations):
+        factor = 1.5 * one - 0.5 * product(w, root)
+        w = product(factor, w)
+        if step < iterations - 1:
+            root = product(root, factor)
     return w * torch.rsqrt(size)
 
 
@@ -226,6 +230,9 @@ class WhiteningNorm(MomentNorm):
     needs: str = ""
     """What the matrix takes that ONNX has not."""
 
+    instead: str = "; average='matrix' does without"
+    """What exports."""
+
     running_matrix: Tensor | None
     running_cov: Tensor | None
 
@@ -264,11 +271,11 @@ class WhiteningNorm(MomentNorm):
         return (self.num_features,)
 
     @property
-    def expected_failures(self) -> Mapping[str, str]:
+    def expected_failures(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]  by option
         """Evaluation by a covariance has to decompose it."""
         if self.average == "matrix" or not self.track_running_stats or not self.needs:
             return {}
-        return {"onnx": f"ONNX has no {self.needs}, which evaluation takes of the running covariance"}
+        return {"onnx": f"ONNX has no {self.needs}, which evaluation takes of the running covariance{self.instead}"}
 
     @abstractmethod
     def whitening(self, cov: Tensor) -> Tensor:
@@ -491,6 +498,7 @@ class PCANorm(WhiteningNorm):
 
     paper = Paper("Huang et al.", 2018, "Decorrelated Batch Normalization", "1804.08450")
     needs = "eigendecomposition"
+    instead = ""
 
     def __init__(
         self,
@@ -725,8 +733,9 @@ class IterNorm(WhiteningNorm):
         torch.Size([4, 32, 5, 5])
 
     Deviations:
-        None in what is computed. The gradient is taken through the steps, so a graph can be used twice and
-        differentiated twice; the authors' backward pass overwrites what it saved.
+        None in what is computed. The authors' code iterates :math:`P` alone, so that rounding errors grow (in float32
+        from some nine steps on); here :math:`P` and :math:`P\Sigma` are iterated together. The gradient is taken
+        through the steps, so a graph can be used twice and differentiated twice; theirs overwrites what it saved.
 
     Reference:
         Huang, Zhou, Zhu, Liu and Shao 2019, Iterative Normalization: Beyond Standardization towards Efficient
@@ -968,9 +977,6 @@ class GroupWhitening(FormulaNorm):
         "Huang et al.", 2020, "Group Whitening: Balancing Learning Efficiency and Representational Capacity",
         "2009.13333",
     )  # fmt: skip
-    traits = Traits(
-        batch_dependent=False, causal=False, causal_in_training=False, scale_invariant=True, shift_invariant=True
-    )
 
     def __init__(
         self,
@@ -985,13 +991,23 @@ class GroupWhitening(FormulaNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype
-        )
+        super().__init__(num_features, eps=eps, affine=affine, channel_dim=channel_dim, device=device, dtype=dtype)
         if groups == "auto" and group_size is None:
             groups = max(d for d in divisors(num_features) if d * d <= num_features)
         self.groups = choose_groups(num_features, groups, group_size)
         self.iterations = None if iterations is None else checked_iterations("group_whitening", iterations)
+
+    @property
+    def traits(self) -> Traits:
+        """Those of joint layer norm."""
+        return Traits(
+            batch_dependent=False, causal=False, causal_in_training=False, scale_invariant=True, shift_invariant=True
+        )
+
+    @property
+    def expected_failures(self) -> Mapping[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]  by option
+        """The exact root has to decompose the covariance of every sample."""
+        return {} if self.iterations else {"onnx": "ONNX has no eigendecomposition; iterations=5 does without"}
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Whiten the groups of each sample."""

@@ -64,12 +64,12 @@ def _add(name: str, aliases: tuple[str, ...], contrib: bool, norm: F) -> F:
             raise NormzooError(
                 f"{alias!r} is no name for a weight norm; expected letters, digits and '_', as in 'spectral_norm'"
             )
-        taken = _names.get(registry._fold(alias))
-        if taken is not None and not registry._same(_weight_norms[taken], norm):  # pyright: ignore[reportArgumentType]
+        taken = _names.get(registry.fold(alias))
+        if taken is not None and not registry.same_source(_weight_norms[taken], norm):  # pyright: ignore[reportArgumentType]
             raise NormzooError(f"the name {alias!r} is taken by the weight norm {taken!r}; choose another")
     _weight_norms[name] = norm
     (_contrib.add if contrib else _contrib.discard)(name)
-    _names.update({registry._fold(alias): name for alias in (name, *aliases)})
+    _names.update({registry.fold(alias): name for alias in (name, *aliases)})
     return norm
 
 
@@ -96,9 +96,9 @@ def resolve_weight_norm(spec: Spec) -> tuple[Factory, dict[str, Any]]:
         if not callable(spec):
             raise NormzooError(f"{spec!r} is no weight norm; expected a name, or a class of weight norms")
         return spec, {}
-    target, options = registry._parse(spec)
-    if registry._fold(target) in _names:
-        return _weight_norms[_names[registry._fold(target)]], options
+    target, options = registry.parse_spec(spec)
+    if registry.fold(target) in _names:
+        return _weight_norms[_names[registry.fold(target)]], options
     if ":" not in target:
         raise unknown("weight norm", target, _weight_norms)
     factory, _ = registry.resolve(target)
@@ -117,7 +117,7 @@ def create_weight_norm(spec: Spec, filters: Filters) -> Reparametrization:
         SpectralNorm(8 x 4, iterations=3)
     """
     factory, options = resolve_weight_norm(spec)
-    registry._check_options(factory, spec, options)  # pyright: ignore[reportArgumentType]
+    registry.check_options(factory, spec, options)  # pyright: ignore[reportArgumentType]
     norm = factory(filters, **options)
     if not isinstance(norm, Reparametrization):
         raise NormzooError(
@@ -152,17 +152,17 @@ def weight_norm_info(name: str) -> WeightNormInfo:
         '1802.05957'
     """
     norm, _ = resolve_weight_norm(name)
-    target, _ = registry._parse(name)
-    own = _names.get(registry._fold(target), target)
+    target, _ = registry.parse_spec(name)
+    own = _names.get(registry.fold(target), target)
     doc = inspect.cleandoc(norm.__doc__ or "")
     file = inspect.getsourcefile(norm) if isinstance(norm, type) else None
     return WeightNormInfo(
         name=own,
         norm=norm,
-        aliases=tuple(sorted(a for a, n in _names.items() if n == own and a != registry._fold(own))),
+        aliases=tuple(sorted(a for a, n in _names.items() if n == own and a != registry.fold(own))),
         contrib=own in _contrib,
         summary=doc.split("\n\n")[0].replace("\n", " "),
-        formula=registry._formula(doc),
+        formula=registry.formula_in(doc),
         paper=norm.paper if isinstance(norm, type) and issubclass(norm, Reparametrization) else None,
         options={
             key: parameter.default

@@ -211,7 +211,7 @@ class SigmaReparam(Spectral):
         return rows * (self.scale.to(rows.dtype) / self.sigma(rows))
 
 
-@register_weight_norm("mean_spectral_norm", aliases=("msn",))
+@register_weight_norm("mean_spectral_norm", aliases=("msn",), contrib=True)
 class MeanSpectralNorm(Spectral):
     r"""Spectral norm of the weights, and mean-only batch norm of the output.
 
@@ -242,7 +242,9 @@ class MeanSpectralNorm(Spectral):
         True
 
     Deviations:
-        Those of ``spectral_norm`` on the iteration and groups.
+        Those of ``spectral_norm`` on the iteration and groups. The authors' code writes the divided weights back
+        in each forward pass, with :math:`\sigma` outside the gradient, by 100 iterations, and has a gain
+        for each channel after the mean.
 
     Reference:
         Subramanian and Chong 2019, Mean Spectral Normalization of Deep Neural Networks for Embedded Automation,

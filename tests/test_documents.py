@@ -1,8 +1,9 @@
-"""The README is true: its code runs, its table is the registry's, its commands exist."""
+"""The README and the pages are true: their code runs, tables are the registry's, commands exist."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from normzoo import cli
+from normzoo.registry import list_norms
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXT = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_table_is_the_registrys():
@@ -29,11 +31,13 @@ def test_the_table_is_the_registrys():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_python_runs(tmp_path):
-    """Every block that names a file is written to it; the others run, one after the other, in its folder."""
-    assert blocks("python")
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/register.md"])
+def test_the_python_runs(page, tmp_path):
+    """Every block that names a file is written to it; all run, one after the other, in its folder."""
+    found = blocks("python", (REPOSITORY / page).read_text(encoding="utf-8"))
+    assert found
     script = ""
-    for block in blocks("python"):
+    for block in found:
         named = re.match(r"# (\S+\.py)\n", block)
         if named:
             (tmp_path / named[1]).write_text(block)
@@ -42,6 +46,14 @@ def test_the_python_runs(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_pages_know_the_checks_of_every_norm():
+    results = json.loads((REPOSITORY / "docs" / "checks.json").read_text(encoding="utf-8"))
+    assert sorted(results["norms"]) == list_norms(), "run `make check-all`"
+    for name, found in results["norms"].items():
+        assert found["passed"], name
+        assert not found["failed"], name
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\$ normzoo (.*?)(?:\s+#.*)?$", TEXT, re.MULTILINE))
