@@ -20,6 +20,7 @@ import normzoo as nz
 from normzoo import ops
 from normzoo.layers.base import MomentNorm, Norm, choose_groups
 from normzoo.layers.batch import BatchNorm, BatchRenorm, GhostBatchNorm
+from normzoo.layers.parts import BatchFormulaNorm
 from normzoo.layers.sample import GroupNorm, InstanceNorm, LayerNorm, LayerNormJoint, RMSNorm
 
 CORE = [
@@ -488,6 +489,22 @@ def test_hold_statistics():
     assert norm.num_batches_tracked == 1
 
 
+def cumulates(name: str) -> bool:
+    """Whether the norm offers the plain average of all batches."""
+    try:
+        make(name, momentum=None)
+    except (TypeError, nz.NormzooError):
+        return False
+    return True
+
+
+def shared(name: str) -> bool:
+    """Whether the norm leaves its running statistics to the shared parts."""
+    cls = nz.info(name).norm
+    return isinstance(cls, type) and (name in CORE or issubclass(cls, BatchFormulaNorm)) and make(name).traits.stateful
+
+
+STATEFUL = [name for name in nz.list_norms() if shared(name)]
 EARLY = {"warmup": 0, "r_ramp": 2, "d_ramp": 2}
 
 
@@ -516,8 +533,10 @@ def test_a_checkpointed_renorm_corrects_by_the_averages_its_forward_pass_saw(ree
         assert torch.equal(twice.get_buffer(key), buffer), key
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", ["batch_norm", "ghost_batch_norm", "batch_renorm", "sync_batch_norm"])
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [(name, False) for name in STATEFUL] + [(name, True) for name in ("batch_norm", "batch_renorm", "eval_norm")],
+)
 def test_an_evaluation_survives_the_training_step_before_its_backward_pass(name, compiled):
     norm = make(name)
     norm(data(seed=1))
@@ -539,10 +558,12 @@ def test_evaluation_without_gradients_copies_nothing():
     assert norm.population().var is not norm.running_var
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("name", ["batch_norm", "ghost_batch_norm", "batch_renorm", "sync_batch_norm"])
-def test_a_batch_of_nothing_is_no_batch(name, momentum):
-    norm, twin = make(name, momentum=momentum), make(name, momentum=momentum)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in STATEFUL] + [(name, {"momentum": None}) for name in STATEFUL if cumulates(name)],
+)
+def test_a_batch_of_nothing_is_no_batch(name, options):
+    norm, twin = make(name, **options), make(name, **options)
     nothing = [(data((0, 16, 5)), None), (data((0, 16, 5)), torch.ones(0, 5, dtype=torch.bool)),
                (data((4, 16, 5)), torch.zeros(4, 5, dtype=torch.bool))]  # fmt: skip
     for seed in range(2):

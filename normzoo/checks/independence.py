@@ -75,7 +75,7 @@ def causality(subject: Subject) -> None:
 
 @check
 def causality_in_training(subject: Subject) -> None:
-    """The same in training, if causal_in_training is declared.
+    """In training the output at a position does not depend on later positions, if causal_in_training is declared.
 
     Declare causal_in_training=False when positions share a statistic in training.
     """

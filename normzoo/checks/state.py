@@ -176,7 +176,7 @@ def two_forwards(subject: Subject) -> None:
 
 @check
 def two_forwards_frozen(subject: Subject) -> None:
-    """The same in evaluation mode, where running statistics are part of the graph: fine-tuning with frozen statistics.
+    """Two forward passes in evaluation, then one backward pass, with DDP's broadcast between them: frozen statistics.
 
     Normalise by a copy of the running statistics (clone() of a vector costs nothing).
     """

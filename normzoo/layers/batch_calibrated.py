@@ -92,7 +92,7 @@ class RepBatchNorm(MomentNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Batch norm, and the scaled input."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = ops.wide(x)
         if mask is not None:
             wide = torch.where(mask.unsqueeze(-1 if channels_last else 1), wide, 0)
         return (super().normalize(wide, mask, channels_last) + self.eta * wide).to(x.dtype)
@@ -337,10 +337,10 @@ class BatchChannelNorm(BatchFormulaNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Batch norm with its affine part, then the channel norm, whose own repeats over each group."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         repeat = self.num_features // self.groups
         y, _ = ops.standardize(
-            super().normalize(wide, mask, channels_last), _CHANNEL, {"g": self.groups}, channels_last=channels_last,
+            super().normalize(ops.wide(x), mask, channels_last), _CHANNEL, {"g": self.groups},
+            channels_last=channels_last,
             weight=None if self.group_weight is None else self.group_weight.repeat_interleave(repeat),
             bias=None if self.group_bias is None else self.group_bias.repeat_interleave(repeat),
             eps=self.eps, mask=mask,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import Paper, Traits, unbiased
-from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, column, moments, total
+from normzoo.layers.parts import BATCH, EARLIER_BATCHES, SAMPLE, BatchFormulaNorm, column, moments, total
 from normzoo.ops import Moments
 from normzoo.registry import register
 
@@ -160,6 +160,7 @@ class MomentumBatchNorm(BatchFormulaNorm):
         ECCV.
     """
 
+    traits = EARLIER_BATCHES
     paper = Paper(
         "Yong et al.", 2020, "Momentum Batch Normalization for Deep Learning with Small Batch Size", venue="ECCV"
     )
@@ -191,11 +192,6 @@ class MomentumBatchNorm(BatchFormulaNorm):
         self.buffer("history_var", 1.0, num_features)
         self.remember("history_mean", "history_var", "num_batches_tracked")
 
-    @property
-    def traits(self) -> Traits:
-        """Those of batch norm without its invariances: earlier batches had another scale."""
-        return Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
-
     def memory(self, samples: int) -> Tensor:
         """The weight of the history for a batch of so many samples."""
         share = min(samples / self.ideal_batch_size, 1.0)
@@ -225,6 +221,8 @@ class RecentBatchesNorm(BatchFormulaNorm):
     .. math:: \mu = \sum_i w_i\mu_i, \qquad \sigma^2 = \sum_i w_i\big(\sigma_i^2 + (\mu_i - \mu)^2\big)
     """
 
+    traits = EARLIER_BATCHES
+
     def set_up(self, window: int, decay: float) -> None:
         """Add the memory."""
         name = type(self).__name__
@@ -236,11 +234,6 @@ class RecentBatchesNorm(BatchFormulaNorm):
         self.buffer("memory_mean", 0.0, window, self.num_features)
         self.buffer("memory_var", 1.0, window, self.num_features)
         self.remember("memory_mean", "memory_var", "num_batches_tracked")
-
-    @property
-    def traits(self) -> Traits:
-        """Those of batch norm without its invariances: earlier batches had another scale."""
-        return Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
 
     def pool(self, mean: Tensor, var: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Moments of all batches ``(k, c)`` that are ``there``, latest first, weighed by their age."""

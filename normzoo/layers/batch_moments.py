@@ -142,23 +142,7 @@ class VarianceNorm(BatchFormulaNorm):
         "Batch Normalization Provably Avoids Rank Collapse for Randomly Initialised Deep Networks", "2003.01652",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        momentum: float | None = 0.1,
-        track_running_stats: bool = True,
-        channel_dim: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
-            channel_dim=channel_dim, device=device, dtype=dtype,
-        )  # fmt: skip
-        self.drop("running_mean")
+    unused = ("running_mean",)
 
     @property
     def traits(self) -> Traits:

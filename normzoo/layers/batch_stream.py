@@ -16,7 +16,7 @@ from torch import Tensor
 from normzoo import ops
 from normzoo.errors import OptionError
 from normzoo.layers.base import Paper, Traits
-from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, column, mean, moments, number, total
+from normzoo.layers.parts import BATCH, EARLIER_BATCHES, SAMPLE, BatchFormulaNorm, column, mean, moments, number, total
 from normzoo.ops import Moments, Pattern
 from normzoo.registry import register
 
@@ -49,6 +49,8 @@ class SecondMomentNorm(SteeringNorm):
     """A norm by a moving second moment, without centring: abstract; ``running_var`` is the second moment."""
 
     min_count = 1
+    unused = ("running_mean",)
+    traits = EARLIER_BATCHES  # at the start a batch is standardised by itself
 
     def __init__(
         self,
@@ -66,12 +68,6 @@ class SecondMomentNorm(SteeringNorm):
         )
         if momentum is None:
             raise OptionError(f"{type(self).__name__} with momentum=None; expected a number from 0 to 1")
-        self.drop("running_mean")
-
-    @property
-    def traits(self) -> Traits:
-        """Earlier batches had another scale, so no invariance; the batch's own statistics count at the start."""
-        return Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
 
     def counted(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The number of real elements of a channel as a tensor of one, for the steering functions."""
@@ -669,8 +665,7 @@ class OnlineNorm(SteeringNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """Standardise, scale and shift, and guard."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        y = super().normalize(wide, mask, channels_last)
+        y = super().normalize(ops.wide(x), mask, channels_last)
         if self.guard == "clamp":
             y = y.clamp(-5, 5)
         if self.guard == "layer_scaling":
@@ -723,6 +718,7 @@ class StreamingNorm(BatchFormulaNorm):
         Normalizations for Online and Recurrent Learning, arXiv 1610.06160.
     """
 
+    traits = EARLIER_BATCHES
     paper = Paper(
         "Liao, Kawaguchi & Poggio", 2016,
         "Streaming Normalization: Towards Simpler and More Biologically-plausible Normalizations for Online and "
@@ -758,11 +754,6 @@ class StreamingNorm(BatchFormulaNorm):
         self.buffer("short_scale", 0.0, num_features)
         self.drop("running_var")
         self.remember("running_mean", "running_scale", "short_mean", "short_scale", "num_batches_tracked")
-
-    @property
-    def traits(self) -> Traits:
-        """Earlier batches had another scale and mean, so no invariance."""
-        return Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
 
     def population(self) -> Moments:
         """The long-term mean, and the square of the long-term scale."""

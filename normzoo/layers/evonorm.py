@@ -19,27 +19,9 @@ class EvoNormB(BatchFormulaNorm):
 
     paper = _PAPER
     roles = {"weight": "gain", "bias": "shift", "v": "alpha"}
+    unused = ("running_mean",)
     invariant = False
     """Whether scaling the input changes nothing."""
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        momentum: float | None = 0.1,
-        track_running_stats: bool = True,
-        sync: bool = False,
-        channel_dim: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
-            sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
-        )  # fmt: skip
-        self.drop("running_mean")  # the mean is not used
 
     @property
     def traits(self) -> Traits:

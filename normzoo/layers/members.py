@@ -18,4 +18,5 @@ from normzoo.layers import pointwise as pointwise
 from normzoo.layers import positional as positional
 from normzoo.layers import rms as rms
 from normzoo.layers import sample as sample
+from normzoo.layers import temporal as temporal
 from normzoo.layers import whitening as whitening

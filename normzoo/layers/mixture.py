@@ -16,7 +16,19 @@ from normzoo.ops import affine
 from normzoo.registry import register
 
 
-class MixedMomentsNorm(BatchFormulaNorm):
+class MixingNorm(BatchFormulaNorm):
+    """Batch norm mixed with norms of each sample: abstract."""
+
+    @property
+    def traits(self) -> Traits:
+        """Everything that one of the parts shares."""
+        return Traits(
+            batch_dependent=True, causal=False, causal_in_training=False, stateful=self.track_running_stats,
+            scale_invariant=True, shift_invariant=True,
+        )  # fmt: skip
+
+
+class MixedMomentsNorm(MixingNorm):
     """Standardise by shares of the moments of instance norm, layer norm and batch norm: abstract."""
 
     roles = {"weight": "gain", "bias": "shift", "mean_weight": "logit", "var_weight": "logit"}
@@ -25,13 +37,13 @@ class MixedMomentsNorm(BatchFormulaNorm):
         self,
         num_features: int,
         *,
-        eps: float,
-        affine: bool,
-        momentum: float | None,
-        sync: bool,
-        channel_dim: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        momentum: float | None = 0.1,
+        sync: bool = False,
+        channel_dim: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             num_features, eps=eps, affine=affine, momentum=momentum, sync=sync,
@@ -39,18 +51,6 @@ class MixedMomentsNorm(BatchFormulaNorm):
         )  # fmt: skip
         self.mean_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
         self.var_weight = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
-
-    @property
-    def traits(self) -> Traits:
-        """Everything that one of the three shares."""
-        return Traits(
-            batch_dependent=True,
-            causal=False,
-            causal_in_training=False,
-            stateful=True,
-            scale_invariant=True,
-            shift_invariant=True,
-        )
 
     def shares(self, weights: Tensor) -> Tensor:
         """Three shares that sum to one, for instance, layer and batch norm."""
@@ -109,23 +109,6 @@ class SwitchableNorm(MixedMomentsNorm):
     """
 
     paper = Paper("Luo et al.", 2018, "Learning-to-Normalize via Switchable Normalization", "1806.10779")
-
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        momentum: float | None = 0.1,
-        sync: bool = False,
-        channel_dim: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features, eps=eps, affine=affine, momentum=momentum, sync=sync,
-            channel_dim=channel_dim, device=device, dtype=dtype,
-        )  # fmt: skip
 
 
 def sparsemax(z: Tensor) -> Tensor:
@@ -247,7 +230,7 @@ class SparseSwitchableNorm(MixedMomentsNorm):
 
 
 @register("batch_instance_norm", aliases=("bin",))
-class BatchInstanceNorm(BatchFormulaNorm):
+class BatchInstanceNorm(MixingNorm):
     r"""Mix batch norm and instance norm, with a share for each channel.
 
     .. math:: y = \gamma_c \big(\rho_c\, \hat x^{B} + (1 - \rho_c)\, \hat x^{I}\big) + \beta_c, \qquad
@@ -313,18 +296,6 @@ class BatchInstanceNorm(BatchFormulaNorm):
             sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
         self.gate = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
-
-    @property
-    def traits(self) -> Traits:
-        """Everything that one of the two shares."""
-        return Traits(
-            batch_dependent=True,
-            causal=False,
-            causal_in_training=False,
-            stateful=self.track_running_stats,
-            scale_invariant=True,
-            shift_invariant=True,
-        )
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Both, in the shares of the gate."""
@@ -440,7 +411,7 @@ class IBN(Norm):
 
 
 @register("exemplar_norm", contrib=True)
-class ExemplarNorm(BatchFormulaNorm):
+class ExemplarNorm(MixingNorm):
     r"""Mix instance norm, layer norm and batch norm in shares that each sample chooses for itself.
 
     .. math:: y = \gamma_c \sum_k \lambda_{b,k} \frac{x - \mu_k}{\sqrt{\sigma_k^2 + \varepsilon}} + \beta_c, \qquad
@@ -510,18 +481,6 @@ class ExemplarNorm(BatchFormulaNorm):
         self.narrow = gate_weights(max(num_features // reduction, 1), num_features, **factory)
         self.first = gate_weights(hidden, 9, **factory)
         self.second = nn.Parameter(torch.zeros(3, hidden, **factory))
-
-    @property
-    def traits(self) -> Traits:
-        """Everything that one of the three shares."""
-        return Traits(
-            batch_dependent=True,
-            causal=False,
-            causal_in_training=False,
-            stateful=True,
-            scale_invariant=True,
-            shift_invariant=True,
-        )
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Standardise three times, in the shares of the sample."""

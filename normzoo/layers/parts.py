@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,15 @@ PER_POSITION = Traits(batch_dependent=False, causal=True, causal_in_training=Tru
 PER_POSITION_SCALED = Traits(batch_dependent=False, causal=True, causal_in_training=True, scale_invariant=True)
 """Each position by itself, divided by its size."""
 
+EARLIER_BATCHES = Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
+"""Batch norm in which earlier batches, that had another mean and scale, take part: nothing invariant."""
+
 
 def number(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor | float:
     """How many real elements ``x`` has along ``dims``: a number, or a tensor where a mask decides, which broadcasts.
 
     >>> number(torch.ones(2, 3, 4), None, BATCH), number(torch.ones(2, 3, 4), torch.ones(2, 1, 4).bool(), BATCH)
-    (8.0, tensor([[[8.]]]))
+    (8, tensor([[[8.]]]))
     """
     if mask is None:
         return math.prod([x.shape[dim] for dim in dims])
@@ -39,7 +43,7 @@ def number(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor | fl
 
 def at_least_one(count: Tensor | float) -> Tensor | float:
     """A count to divide by."""
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def total(x: Tensor, mask: Tensor | None) -> Tensor | float:
@@ -119,6 +123,9 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
 
     moments = "b c s -> c"
 
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Running statistics that the formula does without."""
+
     def __init__(
         self,
         num_features: int,
@@ -136,6 +143,7 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
             self, num_features, eps=eps, affine=affine, momentum=momentum, track_running_stats=track_running_stats,
             sync=sync, channel_dim=channel_dim, device=device, dtype=dtype,
         )  # fmt: skip
+        self.drop(*self.unused)
 
     @property
     def synchronizable(self) -> bool:
