@@ -132,16 +132,27 @@ class GhostBatchNorm(MomentNorm):
         self.sizes = {"n": parts}
         if x.shape[0] % parts == 0:
             return super().normalize(x, mask, channels_last)
-        largest = -(-x.shape[0] // parts)
-        filled = torch.zeros(parts, largest, dtype=torch.long, device=x.device)
-        real = torch.zeros(parts, largest, dtype=torch.bool, device=x.device)
-        for part, samples in enumerate(torch.arange(x.shape[0], device=x.device).tensor_split(parts)):
-            filled[part, : len(samples)] = samples
-            real[part, : len(samples)] = True
-        order, real = filled.flatten(), real.flatten()
+        order, real, back = _uneven(x.shape[0], parts, x.device)
         positions = x.shape[1 if channels_last else 2]
         real_positions = real[:, None].expand(-1, positions) if mask is None else mask[order] & real[:, None]
-        return super().normalize(x[order], real_positions, channels_last)[real]
+        return super().normalize(x[order], real_positions, channels_last)[back]
+
+
+def _uneven(samples: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A cut into parts of which the first are larger by one, in rows of equal length.
+
+    Returns:
+        The sample in each place, whether it is there or fills a row up, and the place of each sample.
+    """
+    size, larger = divmod(samples, parts)
+    places = torch.arange(parts * (size + 1), device=device)
+    part, place = places // (size + 1), places % (size + 1)
+    real = place < size + (part < larger).long()
+    first = part * size + part.clamp(max=larger)
+    sample = torch.arange(samples, device=device)
+    later = sample - larger  # what comes after the larger parts has lost one sample for each of them
+    back = torch.where(sample < larger * (size + 1), sample, later + later // size)
+    return torch.where(real, first + place, first), real, back
 
 
 @register("batch_renorm", aliases=("batch_renormalization",))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import Paper, Traits, unbiased
-from normzoo.layers.parts import BATCH, EARLIER_BATCHES, SAMPLE, BatchFormulaNorm, column, moments, total
+from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, HistoryNorm, column, moments, total
 from normzoo.ops import Moments
 from normzoo.registry import register
 
@@ -114,7 +114,7 @@ class EvalNorm(BatchFormulaNorm):
 
 
 @register("momentum_batch_norm", aliases=("mbn",), contrib=True)
-class MomentumBatchNorm(BatchFormulaNorm):
+class MomentumBatchNorm(HistoryNorm):
     r"""Batch norm by a moving average of the batches' statistics, with more memory the smaller the batch.
 
     .. math:: y = \gamma \frac{x - \mu_t}{\sqrt{\sigma_t^2 + \varepsilon}} + \beta, \qquad
@@ -160,7 +160,6 @@ class MomentumBatchNorm(BatchFormulaNorm):
         ECCV.
     """
 
-    traits = EARLIER_BATCHES
     paper = Paper(
         "Yong et al.", 2020, "Momentum Batch Normalization for Deep Learning with Small Batch Size", venue="ECCV"
     )
@@ -215,13 +214,11 @@ class MomentumBatchNorm(BatchFormulaNorm):
         return mean, var
 
 
-class RecentBatchesNorm(BatchFormulaNorm):
+class RecentBatchesNorm(HistoryNorm):
     r"""A batch norm over the last batches together: abstract; the current one is the first in the memory.
 
     .. math:: \mu = \sum_i w_i\mu_i, \qquad \sigma^2 = \sum_i w_i\big(\sigma_i^2 + (\mu_i - \mu)^2\big)
     """
-
-    traits = EARLIER_BATCHES
 
     def set_up(self, window: int, decay: float) -> None:
         """Add the memory."""

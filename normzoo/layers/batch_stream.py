@@ -16,7 +16,7 @@ from torch import Tensor
 from normzoo import ops
 from normzoo.errors import OptionError
 from normzoo.layers.base import Paper, Traits
-from normzoo.layers.parts import BATCH, EARLIER_BATCHES, SAMPLE, BatchFormulaNorm, column, mean, moments, number, total
+from normzoo.layers.parts import BATCH, SAMPLE, HistoryNorm, column, mean, moments, number, total
 from normzoo.ops import Moments, Pattern
 from normzoo.registry import register
 
@@ -28,7 +28,7 @@ def projection(gradient: Tensor, z: Tensor, count: Tensor) -> Tensor:
     return (gradient * z).sum(BATCH) / count.clamp(min=1)
 
 
-class SteeringNorm(BatchFormulaNorm):
+class SteeringNorm(HistoryNorm):
     """A norm whose backward pass keeps averages: abstract."""
 
     @property
@@ -50,7 +50,6 @@ class SecondMomentNorm(SteeringNorm):
 
     min_count = 1
     unused = ("running_mean",)
-    traits = EARLIER_BATCHES  # at the start a batch is standardised by itself
 
     def __init__(
         self,
@@ -674,7 +673,7 @@ class OnlineNorm(SteeringNorm):
 
 
 @register("streaming_norm", aliases=("streaming_batch_norm",), contrib=True)
-class StreamingNorm(BatchFormulaNorm):
+class StreamingNorm(HistoryNorm):
     r"""Standardise by a mixture of a long memory and of the batches since it was renewed, the current one included.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{s^2 + \varepsilon}} + \beta, \qquad
@@ -718,7 +717,6 @@ class StreamingNorm(BatchFormulaNorm):
         Normalizations for Online and Recurrent Learning, arXiv 1610.06160.
     """
 
-    traits = EARLIER_BATCHES
     paper = Paper(
         "Liao, Kawaguchi & Poggio", 2016,
         "Streaming Normalization: Towards Simpler and More Biologically-plausible Normalizations for Online and "

@@ -15,6 +15,7 @@ from normzoo import ops
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import Norm, Paper, Traits, add_affine, in_backward
 from normzoo.layers.parts import gate_weights, moments
+from normzoo.layers.whitening import product
 from normzoo.ops import wide
 from normzoo.registry import Spec, create, register, resolve
 
@@ -92,10 +93,11 @@ class Predictor(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """``(…, K)`` to ``(…, outputs)``."""
-        z = F.silu(z) if self.silu else z
+        rows = z.reshape(-1, z.shape[-1])
+        rows = F.silu(rows) if self.silu else rows
         if self.hidden_weight is not None and self.hidden_bias is not None:
-            z = F.linear(z, self.hidden_weight.to(z.dtype), self.hidden_bias.to(z.dtype)).relu()
-        return F.linear(z, self.weight.to(z.dtype))
+            rows = (product(rows, self.hidden_weight.to(z.dtype).mT) + self.hidden_bias.to(z.dtype)).relu()
+        return product(rows, self.weight.to(z.dtype).mT).view(*z.shape[:-1], len(self.weight))
 
 
 class ConditionalNorm(Norm):
@@ -232,7 +234,9 @@ class ConditionalNorm(Norm):
         if self.table is not None:
             table = wide(self.table)
             if given.is_floating_point():
-                return self.fitted(wide(given).to(table.dtype) @ table, x, "a weight for each class")
+                if given.ndim != 2 or given.shape[1] != self.classes:
+                    raise self.misfit(given, f"numbers of classes, or {self.classes} weights for each sample")
+                return self.fitted(product(wide(given).to(table.dtype), table), x, "weights")
             return self.fitted(F.embedding(given, table), x, "the number of a class")
         assert self.predictor is not None
         if given.shape[-1] != self.condition_features or not given.is_floating_point():

@@ -8,6 +8,7 @@ from normzoo.layers import batch_domain as batch_domain
 from normzoo.layers import batch_memory as batch_memory
 from normzoo.layers import batch_moments as batch_moments
 from normzoo.layers import batch_stream as batch_stream
+from normzoo.layers import conditional as conditional
 from normzoo.layers import cross as cross
 from normzoo.layers import evonorm as evonorm
 from normzoo.layers import local as local

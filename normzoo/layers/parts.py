@@ -25,9 +25,6 @@ PER_POSITION = Traits(batch_dependent=False, causal=True, causal_in_training=Tru
 PER_POSITION_SCALED = Traits(batch_dependent=False, causal=True, causal_in_training=True, scale_invariant=True)
 """Each position by itself, divided by its size."""
 
-EARLIER_BATCHES = Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)
-"""Batch norm in which earlier batches, that had another mean and scale, take part: nothing invariant."""
-
 
 def number(x: Tensor, mask: Tensor | None, dims: tuple[int, ...]) -> Tensor | float:
     """How many real elements ``x`` has along ``dims``: a number, or a tensor where a mask decides, which broadcasts.
@@ -198,3 +195,12 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and the choices that were made."""
         return MomentNorm.extra_repr(self)
+
+
+class HistoryNorm(BatchFormulaNorm):
+    """A norm of batch statistics in which earlier batches take part: abstract."""
+
+    @property
+    def traits(self) -> Traits:
+        """Those of batch norm without its invariances: earlier batches had another mean and scale."""
+        return Traits(batch_dependent=True, causal=True, causal_in_training=False, stateful=True)

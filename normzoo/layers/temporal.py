@@ -15,7 +15,7 @@ from normzoo.registry import register
 class AssortedTimeNorm(FormulaNorm):
     r"""Standardise each position over the channels of the last few positions.
 
-    .. math:: y_t = \gamma_c \frac{x_t - \mu_t}{\sqrt{\sigma_t^2 + \varepsilon}} + \beta_c, \qquad
+    .. math:: y = \gamma_c \frac{x_t - \mu_t}{\sqrt{\sigma_t^2 + \varepsilon}} + \beta_c, \qquad
               \mu_t, \sigma_t^2 \text{ over channels and the positions } t-k+1, \dots, t
 
     Layer norm forgets how large a step was beside the one before it; with statistics of several steps that difference
@@ -48,9 +48,6 @@ class AssortedTimeNorm(FormulaNorm):
         Pospisil, Zadorozhnyy and Ye 2022, Assorted-Time Normalization, arXiv 2209.12439.
     """
 
-    traits = Traits(
-        batch_dependent=False, causal=True, causal_in_training=True, scale_invariant=True, shift_invariant=True
-    )
     paper = Paper("Pospisil, Zadorozhnyy & Ye", 2022, "Assorted-Time Normalization", "2209.12439")
 
     def __init__(
@@ -68,6 +65,13 @@ class AssortedTimeNorm(FormulaNorm):
         if not isinstance(window, int) or window < 1:
             raise OptionError(f"window={window!r}; expected a positive number of positions")
         self.window = window
+
+    @property
+    def traits(self) -> Traits:
+        """Positions see earlier ones alone."""
+        return Traits(
+            batch_dependent=False, causal=True, causal_in_training=True, scale_invariant=True, shift_invariant=True
+        )
 
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Moments of each position, then of its window: exact in two passes, and small beside the channels."""

@@ -134,8 +134,8 @@ def _moments(x: Tensor, axes: Axes, centred: bool, mask: Tensor | None) -> tuple
     for axis in axes.reduced:
         elements *= x.shape[axis]
     if mask is None:
-        count = float(elements)
-        n: Tensor | float = max(count, 1.0)
+        count: Tensor | float = elements  # an int: a float would fix the batch size of an exported program
+        n = max(elements, 1)
     else:
         repeated = 1  # reduced axes along which the mask is constant
         for axis in axes.reduced:
