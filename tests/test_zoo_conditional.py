@@ -437,6 +437,12 @@ def test_errors_say_what_to_do() -> None:
         make("film", classes=2, condition_features=3)
     with pytest.raises(nz.NormzooError, match="classes=0"):
         make("film", classes=0)
+    with pytest.raises(nz.NormzooError, match="which takes none"):
+        make("film", norm="none", eps=0.1)
+    with pytest.raises(nz.NormzooError, match="in its name"):
+        make("film", norm="batch_norm(eps=0.5)", eps=0.1)
+    with pytest.raises(nz.NormzooError, match="needs a vector"):
+        make("film", classes=3, hidden=4)
     with pytest.raises(nz.NormzooError, match="odd size"):
         make("spade", kernel_size=2)
     with pytest.raises(nz.NormzooError, match="unknown norm 'bach_norm'; did you mean 'batch_norm'"):

@@ -300,10 +300,14 @@ def plain(
     GroupNorm(8, eps=0.1, groups=2, affine=False)
 
     Raises:
+        OptionError: when it takes no ``eps``, or has it in its name already.
         NormzooError: when it has a gain or shift nevertheless.
     """
     factory, given = resolve(norm)
     known = inspect.signature(factory).parameters
+    if eps is not None and ("eps" not in known or "eps" in given):
+        why = "has it in its name" if "eps" in given else "takes none"
+        raise OptionError(f"eps={eps} is given for the norm {norm!r}, which {why}; leave it out")
     options = {"affine": False, "eps": eps, "device": device, "dtype": dtype}
     options = {k: v for k, v in options.items() if k in known and k not in given and v is not None}
     made = create(norm, num_features, channel_dim, **options)
@@ -333,7 +337,7 @@ class ConditionalBatchNorm(ConditionalNorm):
         affine: learn :math:`\gamma` and :math:`\beta`.
         classes: number of classes of the condition: numbers ``(N,)``, or weights ``(N, classes)`` that mix them.
         condition_features: size ``K`` of the condition, vectors ``(N, K)``, or ``(N, *S, K)``.
-        hidden: units of a hidden layer; ``None`` is none.
+        hidden: units of the hidden layer between a vector and the changes; ``None`` is none. A table has none.
         channel_dim: ``1`` for ``(N, C, *S)``, ``-1`` for ``(N, *S, C)``.
         device: where the parameters live.
         dtype: their dtype.
@@ -505,6 +509,8 @@ class FiLM(ConditionalNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if hidden is not None and condition_features is None:
+            raise OptionError(f"film with hidden={hidden!r}; a hidden layer needs a vector: give condition_features")
         super().__init__(
             num_features, norm=norm, eps=eps, affine=affine, classes=classes, condition_features=condition_features,
             hidden=hidden, channel_dim=channel_dim, device=device, dtype=dtype,
