@@ -45,7 +45,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
 $(VENV)/.installed-docs: $(VENV)/.installed
 	@$(PIP) --editable '.[docs]'
@@ -56,7 +56,7 @@ docs: $(VENV)/.installed-docs
 	@echo "docs: docs/_build/html/index.html"
 
 check-all: $(VENV)/.installed-dev
-	$(BIN)/python docs/check_all.py
+	OMP_NUM_THREADS=1 $(BIN)/python docs/check_all.py
 
 readme: $(VENV)/.installed
 	$(BIN)/python docs/readme.py

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from normzoo.checks import check_norm as check_norm
     from normzoo.errors import NormzooError as NormzooError
     from normzoo.layers.base import MomentNorm as MomentNorm
     from normzoo.layers.base import Norm as Norm
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from normzoo.layers.base import Traits as Traits
     from normzoo.layers.base import hold_statistics as hold_statistics
     from normzoo.layers.base import parameter_roles as parameter_roles
+    from normzoo.layers.conditional import condition as condition
     from normzoo.registry import create as create
     from normzoo.registry import info as info
     from normzoo.registry import list_norms as list_norms
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from normzoo.weights import weight_norm_info as weight_norm_info
 
 _HOME = {
+    "check_norm": "checks",
     "NormzooError": "errors",
     "MomentNorm": "layers.base",
     "Norm": "layers.base",
@@ -40,6 +43,7 @@ _HOME = {
     "Traits": "layers.base",
     "hold_statistics": "layers.base",
     "parameter_roles": "layers.base",
+    "condition": "layers.conditional",
     "create": "registry",
     "info": "registry",
     "list_norms": "registry",

@@ -113,8 +113,8 @@ def _load() -> None:
 def list_norms(pattern: str = "*") -> list[str]:
     """The registered names that match a wildcard pattern, sorted.
 
-    >>> list_norms("*group*")
-    ['group_norm']
+    >>> list_norms("layer_norm*")
+    ['layer_norm', 'layer_norm_joint']
     """
     _load()
     return sorted(name for name in _norms if fnmatch.fnmatch(name, pattern))

@@ -19,25 +19,37 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", nz.list_norms())
 def test_trains_and_evaluates(name, network):
+    if network == "lstm" and refuses_one_position(name):
+        # inside the recurrence there is one position at a time: what averages over positions alone cannot be there
+        with pytest.raises(nz.NormzooError, match=r"position|channel"):
+            train_and_evaluate(name, network)
+    else:
+        train_and_evaluate(name, network)
+
+
+def refuses_one_position(name: str) -> bool:
+    norm = nz.create(name, 32)
+    try:
+        norm(torch.randn(6, 32))
+    except nz.NormzooError:
+        return True
+    return False
+
+
+def train_and_evaluate(name: str, network: str) -> None:
     inputs, options = NETWORKS[network]
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            model = create_model(network, norm=name, inputs=inputs, outputs=10, **options)
-            x = torch.randn(6, *inputs.shape, generator=generator)
-            mask = None
-            if len(inputs.shape) == 2:
-                lengths = torch.tensor([4, 3, 4, 2, 4, 3])
-                mask = torch.arange(inputs.shape[0]) < lengths[:, None]
-            for _ in range(2):
-                model.zero_grad()
-                torch.nn.functional.cross_entropy(model(x, mask), torch.arange(6)).backward()
-        except nz.NormzooError as refusal:
-            # inside a recurrence there is one position at a time: what averages over positions alone cannot be there
-            assert network == "lstm", refusal
-            assert "position" in str(refusal) or "channel" in str(refusal), refusal
-            return
+        model = create_model(network, norm=name, inputs=inputs, outputs=10, **options)
+        x = torch.randn(6, *inputs.shape, generator=generator)
+        mask = None
+        if len(inputs.shape) == 2:
+            lengths = torch.tensor([4, 3, 4, 2, 4, 3])
+            mask = torch.arange(inputs.shape[0]) < lengths[:, None]
+        for _ in range(2):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(x, mask), torch.arange(6)).backward()
         gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         assert gradients
         for key, gradient in gradients.items():

@@ -274,7 +274,7 @@ class ConditionalNorm(Norm):
             )
         raise NormzooError(
             f"{type(self).__name__} was made for a condition and was given none; call the model inside "
-            "'with normzoo.layers.conditional.condition(model, z):'"
+            "'with normzoo.condition(model, z):'"
         )
 
     def extra_repr(self) -> str:

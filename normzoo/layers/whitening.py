@@ -18,7 +18,6 @@ from normzoo.layers.base import (
     Paper,
     Traits,
     choose_groups,
-    in_backward,
     through_formula,
     world_size,
 )
@@ -281,11 +280,6 @@ class WhiteningNorm(MomentNorm):
     def whitening(self, cov: Tensor) -> Tensor:
         """The matrices ``(…, d, d)`` that whiten channels with these covariances."""
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether the statistics are the running ones."""
-        return self.track_running_stats and not self.training
-
     def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
         """Refuse a batch with a single value for each channel, which is its own mean."""
         if mask is None and not self.sync and x.numel() == self.num_features:
@@ -317,7 +311,7 @@ class WhiteningNorm(MomentNorm):
         mu, cov, count = self.batch(x, mask)
         w = self.whitening(cov)
         if self.average == "matrix":
-            self.count(mu, "running_matrix", w, count)
+            self.track(count, {"running_mean": mu.detach().flatten(), "running_matrix": w.detach()})
         else:
             self.count_covariance(mu, cov, count)
         return mu, w
@@ -346,24 +340,7 @@ class WhiteningNorm(MomentNorm):
         """Count a batch's mean and covariance, unbiased, into the running averages."""
         if not self.evaluates:
             less = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1.0)
-            self.count(mu, "running_cov", cov * (count / less), count)
-
-    @torch.no_grad()
-    def count(self, mu: Tensor, name: str, matrix: Tensor, count: Tensor | float) -> None:
-        """Count a batch of so many elements into the running averages, once, and not where there are none."""
-        if not (self.track_running_stats and self.training) or self.hold or in_backward():
-            return
-        if not isinstance(count, Tensor) and count == 0:
-            return
-        assert self.running_mean is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        dtype = self.running_mean.dtype
-        weight = self.num_batches_tracked.to(dtype).reciprocal() if self.momentum is None else self.momentum
-        if isinstance(count, Tensor):
-            weight = weight * (count > 0).to(dtype)
-        self.running_mean.lerp_(mu.detach().flatten().to(dtype), weight)
-        self.get_buffer(name).lerp_(matrix.detach().to(dtype), weight)
+            self.track(count, {"running_mean": mu.detach().flatten(), "running_cov": (cov * (count / less)).detach()})
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
