@@ -470,9 +470,9 @@ class MomentNorm(CanonicalNorm):
     def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
         """Refuse statistics over one value: their output is the bias whatever the input.
 
-        Counts that depend on a mask or on other processes are not looked at: reading them would wait for the device.
+        What a mask leaves is not looked at, nor what other processes have: reading it would wait for the device.
         """
-        if not self.centred or mask is not None or self.sync or x.numel() == 0:
+        if not self.centred or self.sync or x.numel() == 0:
             return
         b, c, s = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
         sizes = self.pattern.sizes((b, c, s), self.sizes)
