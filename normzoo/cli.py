@@ -136,7 +136,7 @@ def describe(info: NormInfo) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in info.options.items())
     parts.append(f"options: {options}")
     if info.parameters_per_channel is not None:
-        parts.append(f"parameters per channel: {info.parameters_per_channel}")
+        parts.append(f"cost: {info.parameters_per_channel} parameters per channel")
     if info.paper is not None:
         parts.append(f"paper: {info.paper}")
     if info.source:
