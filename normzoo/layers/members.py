@@ -5,6 +5,7 @@ from __future__ import annotations
 from normzoo.layers import batch as batch
 from normzoo.layers import batch_calibrated as batch_calibrated
 from normzoo.layers import batch_domain as batch_domain
+from normzoo.layers import batch_extended as batch_extended
 from normzoo.layers import batch_memory as batch_memory
 from normzoo.layers import batch_moments as batch_moments
 from normzoo.layers import batch_stream as batch_stream

@@ -1,0 +1,48 @@
+"""Batch norm with one scale for all channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normzoo.layers.base import Paper
+from normzoo.layers.parts import BatchFormulaNorm
+from normzoo.registry import register
+
+
+@register("extended_batch_norm", aliases=("ebn",), contrib=True)
+class ExtendedBatchNorm(BatchFormulaNorm):
+    r"""Centre each channel over the batch; divide all of them by one standard deviation, over the channels too.
+
+    .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma^2 + \varepsilon}} + \beta_c, \qquad
+              \mu_c \text{ over samples and positions}, \quad
+              \sigma^2 \text{ over samples, channels and positions}
+
+    More elements make the scale of a small batch less noisy.
+
+    Shape:
+        ``(N, C)``, ``(N, C, *S)`` or ``(N, *S, C)`` to the same.
+
+    Raises:
+        NormzooError: in training, when a channel has a single value.
+
+    Example:
+        >>> x = torch.randn(4, 8, 5, dtype=torch.float64)
+        >>> expected = (x - x.mean((0, 2), keepdim=True)) / torch.sqrt(x.var(correction=0) + 1e-5)
+        >>> torch.allclose(ExtendedBatchNorm(8, dtype=torch.float64)(x), expected, atol=1e-12)
+        True
+
+    Deviations:
+        The paper's deviation is read as that from the mean of all elements. No number of the paper has been reproduced.
+
+    Reference:
+        Luo, Zhan, Li et al. 2020, Extended Batch Normalization, arXiv 2003.05569.
+    """
+
+    paper = Paper("Luo et al.", 2020, "Extended Batch Normalization", "2003.05569")
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The variance of all from those of the channels, which can be merged, masked and averaged over time."""
+        centre, var = self.statistics(x, mask)
+        spread = (var + (centre - centre.mean(1, keepdim=True)).square()).mean(1, keepdim=True)
+        return (x - centre) * torch.rsqrt(spread + self.eps)
