@@ -147,15 +147,24 @@ def resolve(spec: Spec) -> tuple[Factory, dict[str, Any]]:
     return cast(Factory, found), options
 
 
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Take ``name(option=literal, …)`` apart; nothing is ever evaluated."""
+def parse_spec(spec: str, kind: str = "norm", example: str = "group_norm(groups=8)") -> tuple[str, dict[str, Any]]:
+    """Take ``name(option=literal, …)`` apart; nothing is ever evaluated.
+
+    Args:
+        spec: what a user wrote.
+        kind: what it names, for the messages.
+        example: a good one, for the messages.
+
+    Raises:
+        NormzooError: when it is empty, or its options are no literals.
+    """
     match = re.fullmatch(r"\s*(?P<target>[^\s].*?)\s*(?:\((?P<arguments>.*)\))?\s*", spec, re.DOTALL)
     if match is None:
-        raise NormzooError(f"the norm spec {spec!r} is empty; expected a name, as in 'group_norm(groups=8)'")
+        raise NormzooError(f"the {kind} spec {spec!r} is empty; expected a name, as in '{example}'")
     if not match["arguments"]:
         return match["target"], {}
     wrong = NormzooError(
-        f"cannot read the options of the norm spec {spec!r}; expected name=literal pairs, as in 'group_norm(groups=8)'"
+        f"cannot read the options of the {kind} spec {spec!r}; expected name=literal pairs, as in '{example}'"
     )
     try:
         call = ast.parse(f"f({match['arguments']})", mode="eval").body

@@ -443,19 +443,15 @@ class MomentNorm(CanonicalNorm):
         mask: Tensor | None,
         channels_last: bool,
         *,
-        pattern: Pattern | None = None,
-        sizes: Mapping[str, int] | None = None,
         given: Moments | None = None,
         affine: bool = True,
     ) -> tuple[Tensor, Moments | None]:
-        """The one operation, with this norm's pattern, sizes and parameters unless others are given."""
-        if pattern is None:
-            pattern = self.pattern if given is None else self.pattern.population
+        """The one operation, with this norm's pattern, sizes and parameters."""
         group = self.process_group
         return ops.standardize(
             x,
-            pattern,
-            self.sizes if sizes is None else sizes,
+            self.pattern if given is None else self.pattern.population,
+            self.sizes,
             channels_last=channels_last,
             eps=self.eps,
             weight=self.weight if affine else None,
@@ -586,19 +582,26 @@ class MomentNorm(CanonicalNorm):
             self.get_buffer(f"before_{name}").copy_(self.get_buffer(name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MomentNorm:
-        # mixed precision casts whole modules; a running average in half precision would stop moving
-        before = {name: b for name, b in self._buffers.items() if b is not None and b.dtype.is_floating_point}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = buffer.to(after.device)
+        # a running average in half precision would stop moving
+        with wide_buffers(self):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and the choices that were made."""
         layout = [] if self.channel_dim == 1 else ["channel_dim=-1"]
         return ", ".join([str(self.num_features), *(f"{k}={v!r}" for k, v in self._shown.items()), *layout])
+
+
+@contextmanager
+def wide_buffers(module: nn.Module) -> Iterator[None]:
+    """Let a module's own buffers stay float32 or wider while it is cast: mixed precision casts whole modules."""
+    before = {name: b for name, b in module._buffers.items() if b is not None and b.dtype.is_floating_point}
+    yield
+    for name, buffer in before.items():
+        after = module._buffers[name]
+        if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+            module._buffers[name] = buffer.to(after.device)
 
 
 def choose_groups(channels: int, groups: int | Literal["auto"], group_size: int | None) -> int:

@@ -19,6 +19,7 @@ from normzoo.errors import NormzooError
 from normzoo.models.base import Inputs, Network, NormChoice, refuse_norm, register_model, whole_number, whole_numbers
 from normzoo.models.dropout import Dropout
 from normzoo.models.layer import activation_beside
+from normzoo.weights.standardization import gain_of
 
 # ---- residual networks for images of 32x32 ---------------------------------------------------------------------------
 
@@ -264,12 +265,7 @@ def variance_gain(activation: str) -> float:
     >>> round(variance_gain("relu"), 6) == round(math.sqrt(2 / (1 - 1 / math.pi)), 6)
     True
     """
-    z = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
-    weight = torch.exp(-z.square() / 2)
-    weight /= weight.sum()
-    y = activation_beside(None, activation)(z)
-    mean = (weight * y).sum()
-    return (weight * (y - mean).square()).sum().rsqrt().item()
+    return gain_of(activation_beside(None, activation))
 
 
 class GainedActivation(nn.Module):

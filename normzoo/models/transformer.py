@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from normzoo.layers.base import Norm
 from normzoo.models.base import Inputs, Network, NormChoice, Sites, one_of, refuse_norm, register_model, whole_number
 from normzoo.models.dropout import Dropout
 from normzoo.models.layer import activation_beside
+from normzoo.registry import fold, parse_spec
 
 # ---- placements: where the norms of a residual branch are ------------------------------------------------------------
 
@@ -123,7 +122,7 @@ def register_placement(name: str, *, aliases: tuple[str, ...] = ()) -> Callable[
                 known = PLACEMENTS[taken].__qualname__
                 raise NormzooError(f"the placement {alias!r} is registered already, as {known}")
         PLACEMENTS[name] = cls
-        _aliases.update({_fold(alias): name for alias in aliases})
+        _aliases.update({fold(alias): name for alias in aliases})
         return cls
 
     return add
@@ -138,13 +137,9 @@ def list_placements() -> list[str]:
     return sorted(PLACEMENTS)
 
 
-def _fold(name: str) -> str:
-    return name.replace("-", "").replace("_", "").lower()
-
-
 def _canonical(name: str) -> str | None:
-    known = _aliases | {_fold(key): key for key in PLACEMENTS}
-    return known.get(_fold(name))
+    known = _aliases | {fold(key): key for key in PLACEMENTS}
+    return known.get(fold(name))
 
 
 def find_placement(spec: str) -> partial[Placement]:
@@ -153,33 +148,16 @@ def find_placement(spec: str) -> partial[Placement]:
     Raises:
         NormzooError: for an unknown name or option, with the closest ones, and for options that are no literals.
     """
-    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", str(spec), re.DOTALL)
-    name = _canonical(match[1]) if match else None
-    if match is None or name is None:
-        raise unknown("placement", match[1] if match else str(spec), PLACEMENTS)
+    target, options = parse_spec(str(spec), "placement", "mix_ln(alpha=0.5)")
+    name = _canonical(target)
+    if name is None:
+        raise unknown("placement", target, PLACEMENTS)
     cls = PLACEMENTS[name]
-    options = _literals(spec, match[2] or "")
     parameters = inspect.signature(cls).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     if extra := [option for option in options if option not in known]:
         raise unknown_option(f"the placement {name!r}", extra[0], known)
     return partial(cls, **options)
-
-
-def _literals(spec: str, listed: str) -> dict[str, Any]:
-    try:
-        call = ast.parse(f"f({listed})", mode="eval").body
-        if isinstance(call, ast.Call) and not call.args and all(k.arg is not None for k in call.keywords):
-            return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise _unreadable(spec) from error
-    raise _unreadable(spec)
-
-
-def _unreadable(spec: str) -> NormzooError:
-    return NormzooError(
-        f"cannot read the options of the placement {spec!r}; expected name=literal pairs, as in 'mix_ln(alpha=0.5)'"
-    )
 
 
 @register_placement("pre")

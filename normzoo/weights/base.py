@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from normzoo.errors import OptionError
-from normzoo.layers.base import Paper
+from normzoo.layers.base import Paper, wide_buffers
+from normzoo.ops import full_precision, wide
 
 
 @dataclass(frozen=True)
@@ -147,25 +147,10 @@ class Reparametrization(nn.Module, ABC):
         return torch.zeros(shape, device=self.filters.device, dtype=dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # as for running statistics: a vector in half precision would stop following the weights
-        before = {name: b for name, b in self._buffers.items() if b is not None and b.dtype.is_floating_point}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
-                self._buffers[name] = buffer.to(after.device)
+        # a vector in half precision would stop following the weights
+        with wide_buffers(self):
+            super()._apply(fn, recurse)
         return self
-
-
-def wide(x: Tensor) -> Tensor:
-    """Float32 in place of half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast where ``x`` is."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

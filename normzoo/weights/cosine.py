@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 
 from normzoo.errors import NormzooError
 from normzoo.layers.base import Paper
-from normzoo.weights.base import Filters, Reparametrization, checked_positive, full_precision, squares, wide
+from normzoo.ops import full_precision, wide
+from normzoo.weights.base import Filters, Reparametrization, checked_positive, squares
 from normzoo.weights.registry import register_weight_norm
 
 

@@ -96,7 +96,7 @@ def resolve_weight_norm(spec: Spec) -> tuple[Factory, dict[str, Any]]:
         if not callable(spec):
             raise NormzooError(f"{spec!r} is no weight norm; expected a name, or a class of weight norms")
         return spec, {}
-    target, options = registry.parse_spec(spec)
+    target, options = registry.parse_spec(spec, "weight norm", "spectral_norm(iterations=3)")
     if registry.fold(target) in _names:
         return _weight_norms[_names[registry.fold(target)]], options
     if ":" not in target:
@@ -152,7 +152,7 @@ def weight_norm_info(name: str) -> WeightNormInfo:
         '1802.05957'
     """
     norm, _ = resolve_weight_norm(name)
-    target, _ = registry.parse_spec(name)
+    target, _ = registry.parse_spec(name, "weight norm", "spectral_norm(iterations=3)")
     own = _names.get(registry.fold(target), target)
     doc = inspect.cleandoc(norm.__doc__ or "")
     file = inspect.getsourcefile(norm) if isinstance(norm, type) else None
