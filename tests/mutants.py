@@ -418,9 +418,9 @@ class _Own(MomentNorm):
 
     moments = "b c s -> c"
 
-    def standardize(self, x, mask, channels_last, *, pattern=None, sizes=None, given=None, affine=True):
+    def standardize(self, x, mask, channels_last, *, given=None, affine=True):
         if mask is not None or given is not None:
-            return super().standardize(x, mask, channels_last, pattern=pattern, sizes=sizes, given=given, affine=affine)
+            return super().standardize(x, mask, channels_last, given=given, affine=affine)
         z = x.mT if channels_last else x
         y, moments = self.formula(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z)
         y = ops.affine(y, self.weight, self.bias, False).to(x.dtype)
