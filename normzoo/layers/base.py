@@ -427,8 +427,15 @@ class MomentNorm(CanonicalNorm):
 
     # ---- the computation -----------------------------------------------------------------------------------------
 
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise; see the class."""
+        if type(self).normalize is not MomentNorm.normalize:
+            return super().forward(x, mask)
+        self.check_input(x, mask)
+        return self.normalize(x, mask, self.channel_dim == -1)  # the operation takes any rank: no views to pay for
+
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
-        """The norm on canonical input, ``(b, c, s)`` or ``(b, s, c)``, with a mask of shape ``(b, s)``."""
+        """The norm on ``(b, c, *s)`` or ``(b, *s, c)``, with a mask of shape ``(b, *s)``."""
         if self.evaluates:
             return self.standardize(x, mask, channels_last, given=self.population())[0]
         self.check_count(x, mask, channels_last)
@@ -445,6 +452,7 @@ class MomentNorm(CanonicalNorm):
         *,
         given: Moments | None = None,
         affine: bool = True,
+        rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None = None,
     ) -> tuple[Tensor, Moments | None]:
         """The one operation, with this norm's pattern, sizes and parameters."""
         group = self.process_group
@@ -459,6 +467,7 @@ class MomentNorm(CanonicalNorm):
             centred=self.centred,
             mask=mask,
             given=given,
+            rescale=rescale,
             sync=self.sync and self.training and given is None and world_size(group) > 1,
             group=group,
         )
@@ -470,7 +479,8 @@ class MomentNorm(CanonicalNorm):
         """
         if not self.centred or self.sync or x.numel() == 0:
             return
-        b, c, s = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
+        b, c = x.shape[0], self.num_features
+        s = x.numel() // (b * c)
         sizes = self.pattern.sizes((b, c, s), self.sizes)
         count = x.numel()
         for axis in self.pattern.kept:

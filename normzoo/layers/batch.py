@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import MomentNorm, Paper
-from normzoo.ops import Moments, affine
+from normzoo.ops import Moments
 from normzoo.registry import register
 
 
@@ -254,13 +254,12 @@ class BatchRenorm(MomentNorm):
         if not self.training:
             return super().normalize(x, mask, channels_last)
         self.check_count(x, mask, channels_last)
-        y, moments = self.standardize(x, mask, channels_last, affine=False)
-        assert moments is not None
-        r, d = self.correction(moments)
-        self.update(moments)
-        weight = r if self.weight is None else self.weight * r
-        bias = d if self.weight is None else self.weight * d
-        y = affine(y, weight, bias if self.bias is None else bias + self.bias, channels_last)
-        if mask is not None:
-            y = torch.where(mask.unsqueeze(-1 if channels_last else 1), y, 0)
-        return y.to(x.dtype)
+
+        def rescale(batch: Moments) -> tuple[Tensor | None, Tensor | None]:
+            r, d = self.correction(batch)
+            self.update(batch)
+            weight = r if self.weight is None else self.weight * r
+            bias = d if self.weight is None else self.weight * d
+            return weight, bias if self.bias is None else bias + self.bias
+
+        return self.standardize(x, mask, channels_last, rescale=rescale)[0]

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from normzoo.errors import unknown
-from normzoo.ops import native, reference
+from normzoo.ops import cpu, native, reference
 from normzoo.ops.pattern import Pattern
 from normzoo.ops.reference import Moments, wide
 
-__all__ = ["Moments", "Pattern", "affine", "backend", "full_precision", "standardize", "wide"]
+__all__ = ["CHOICES", "Choice", "Moments", "Pattern", "affine", "backend", "full_precision", "standardize", "wide"]
 
-_BACKENDS = ("auto", "reference")
+
+class Choice(NamedTuple):
+    """A way to compute a norm, and when it is taken.
+
+    Attributes:
+        name: as :func:`backend` takes it.
+        serves: what it is taken for, in words.
+    """
+
+    name: str
+    serves: str
+
+
+CHOICES = (
+    Choice("triton", "CUDA tensors in float32, bfloat16 and float16, where Triton is installed"),
+    Choice("cpu", "CPU tensors in float32, bfloat16 and float16, where a C++ compiler built the kernels"),
+    Choice("native", "the patterns that torch has a kernel for, unmasked, in float32 and float64"),
+    Choice("reference", "everything else, and what is exported, vectorised or differentiated forward"),
+)
+"""What computes a norm, in order of preference: the first that serves a call is taken."""
+
 _backend = "auto"
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Compute every norm by ``"reference"`` (the plain formula) or by ``"auto"`` (a kernel where there is one).
+    """Compute every norm by one of :data:`CHOICES`, or by ``"auto"``, the first of them that serves the call.
+
+    What the chosen one does not serve goes to the reference, the plain formula.
 
     >>> with backend("reference"):
     ...     pass
@@ -31,13 +54,18 @@ def backend(name: str) -> Iterator[None]:
         NormzooError: for an unknown name.
     """
     global _backend
-    if name not in _BACKENDS:
-        raise unknown("backend", name, _BACKENDS)
+    if name not in (known := ("auto", *(choice.name for choice in CHOICES))):
+        raise unknown("backend", name, known)
     before, _backend = _backend, name
     try:
         yield
     finally:
         _backend = before
+
+
+def allowed(name: str) -> bool:
+    """Whether the backend in force lets this choice compute."""
+    return _backend in ("auto", name)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
@@ -69,29 +97,58 @@ def standardize(
     centred: bool = True,
     mask: Tensor | None = None,
     given: Moments | None = None,
+    rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None = None,
     sync: bool = False,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    r"""Standardise a canonical tensor over the axes of ``pattern``, then scale and shift each channel.
+    r"""Standardise a tensor over the axes of ``pattern``, then scale and shift each channel.
 
     .. math:: y = \gamma \frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta
 
     The arguments are those of :func:`normzoo.ops.reference.standardize`, with the ``weight`` :math:`\gamma` and
     ``bias`` :math:`\beta` of shape ``(c,)``. The output has the dtype and the strides of ``x``.
 
+    Args:
+        x: ``(b, c, *s)``, or ``(b, *s, c)`` when ``channels_last``, with a ``mask`` of shape ``(b, *s)``.
+        pattern: which axes share a statistic.
+        options: the size of each free axis of the pattern.
+        channels_last: whether the last axis is the channel.
+        eps: added to the variance.
+        weight: :math:`\gamma`.
+        bias: :math:`\beta`.
+        centred: ``False`` leaves the mean alone.
+        mask: true where an element is real.
+        given: statistics to use instead of those of ``x``.
+        rescale: weight and bias from the (detached) statistics of ``x``, in place of ``weight`` and ``bias``.
+        sync: take the moments over all processes of ``group``.
+        group: the processes.
+
     Returns:
         The output and the statistics, detached; these are ``None`` where a kernel kept them to itself, which it does
         only for patterns that keep the sample apart.
     """
+    if _backend in ("auto", "cpu") and not sync and cpu.serves(x, weight, bias, given):
+        return cpu.standardize(
+            x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
+            weight=weight, bias=bias, mask=mask, given=given, rescale=rescale,
+        )  # fmt: skip
+    if x.ndim != 3:
+        canonical = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2) if channels_last else x.flatten(2)
+        y, moments = standardize(
+            canonical, pattern, options, channels_last=channels_last or x.ndim == 2, eps=eps, weight=weight, bias=bias,
+            centred=centred, mask=None if mask is None else mask.reshape(canonical.shape[0], -1),
+            given=given, rescale=rescale, sync=sync, group=group,
+        )  # fmt: skip
+        return y.view(x.shape), moments
     if x.shape[2 if channels_last else 1] and not x.is_contiguous() and x.mT.is_contiguous():
         # the memory decides: a channels-last image is a row of channels for each position
         y, moments = standardize(
             x.mT, pattern, options, channels_last=not channels_last, eps=eps, weight=weight, bias=bias,
-            centred=centred, mask=mask, given=given, sync=sync, group=group,
+            centred=centred, mask=mask, given=given, rescale=rescale, sync=sync, group=group,
         )  # fmt: skip
         return y.mT, moments
     with full_precision(x):
-        if _backend == "auto" and mask is None and not sync:
+        if _backend in ("auto", "native") and mask is None and not sync and rescale is None:
             done = native.standardize(
                 x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
                 weight=weight, bias=bias, given=given,
@@ -102,6 +159,8 @@ def standardize(
             x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
             mask=mask, given=given, sync=sync, group=group,
         )  # fmt: skip
+        if rescale is not None:
+            weight, bias = rescale(moments)
         y = affine(y, weight, bias, channels_last)
         if mask is not None and bias is not None:
             y = torch.where(mask.unsqueeze(-1 if channels_last else 1), y, 0)

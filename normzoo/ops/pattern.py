@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -79,6 +79,41 @@ class Pattern:
             factors=(("b",), self.factors[1], ("s",)),
             kept=tuple(axis for axis in self.kept if axis in self.factors[1]),
         )
+
+    def code(self, options: Mapping[str, int]) -> list[int]:
+        """The pattern as numbers, as compiled kernels take it.
+
+        The numbers of factors of ``b``, ``c`` and ``s``, then for each factor its size (-1 for what is left of the
+        axis) and whether it is kept.
+
+        >>> Pattern.parse("b (g c) s -> b g").code({"g": 8})
+        [1, 2, 1, -1, 1, 8, 1, -1, 0, -1, 0]
+        """
+        code = [len(group) for group in self.factors]
+        for name, group in zip(CANONICAL, self.factors, strict=True):
+            for axis in group:
+                code += [-1 if axis == name else options[axis], int(axis in self.kept)]
+        return code
+
+    @classmethod
+    def decode(cls, code: Sequence[int]) -> tuple[Pattern, dict[str, int]]:
+        """The pattern and the options of a code; axes with a size of their own have other names.
+
+        >>> pattern, options = Pattern.decode([1, 2, 1, -1, 1, 8, 1, -1, 0, -1, 0])
+        >>> str(pattern), options
+        ('b (c0 c) s -> b c0', {'c0': 8})
+        """
+        factors, kept, options, rest = [], [], {}, iter(code[3:])
+        for name, many in zip(CANONICAL, code[:3], strict=True):
+            group = []
+            for i in range(many):
+                size, is_kept = next(rest), next(rest)
+                axis = name if size < 0 else f"{name}{i}"
+                group.append(axis)
+                kept += [axis] if is_kept else []
+                options |= {} if size < 0 else {axis: size}
+            factors.append(tuple(group))
+        return cls((factors[0], factors[1], factors[2]), tuple(kept)), options
 
     def sizes(self, shape: tuple[int, int, int], options: Mapping[str, int]) -> dict[str, int]:
         """The size of every elementary axis for a tensor of canonical ``shape`` ``(b, c, s)``.

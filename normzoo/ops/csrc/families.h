@@ -1,0 +1,947 @@
+// The three loops over memory that every pattern becomes, forward and backward.
+//
+// Forward:   y  = ((x - mean) scale + shift) weight + bias, then the floor where there is one
+// Backward:  dx = p weight dy + q (x - mean) + r, with p, q, r from the sums of weight dy and weight dy (x - mean)
+//
+// mean, scale, shift, p, q and r belong to a statistic, weight, bias and floor to a channel.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "plan.h"
+#include "simd.h"
+
+namespace normzoo {
+
+// Gradients of the channels' parameters, one share for each thread.
+struct Shares {
+  int64_t channels = 0;
+  std::vector<float> data;
+
+  Shares(int64_t threads, int64_t channels) : channels(channels), data(threads * 3 * channels) {}
+  float* weight() { return data.data() + at::get_thread_num() * 3 * channels; }
+  float* bias() { return weight() + channels; }
+  float* floor() { return weight() + 2 * channels; }
+
+  // The sum over the threads, in the first share.
+  void merge() {
+    for (size_t i = 3 * channels; i < data.size(); ++i) data[i % (3 * channels)] += data[i];
+  }
+};
+
+enum class Do { all, sums, apply };  // both passes while the data is in the cache, or one of them
+
+template <class T>
+struct Forward {
+  const T* x;
+  T* y;
+  const uint8_t* mask;   // or null
+  const float* weight;   // ones where there is none
+  const float* bias;     // zeros where there is none
+  const float* floor;    // or null
+  float *mean, *var;     // of each statistic: written, or read when they are known
+  float* number;         // real elements of each statistic, under a mask
+  const float *scale, *shift;  // or null: 1 / sqrt(var + eps) and 0
+  bool known, centred;
+  Do what;
+  double eps;
+  bool stream;
+};
+
+template <class T>
+struct Backward {
+  const T *dy, *x;
+  T* dx;
+  const uint8_t* mask;
+  const float *weight, *bias, *floor;
+  const float *mean, *var, *number;
+  float *sum, *product;      // Do::sums: of weight dy and of weight dy (x - mean)
+  const float *p, *q, *r;    // Do::apply
+  bool constant, centred;    // constant: the statistics do not depend on x
+  Do what;
+  double eps;
+  bool stream;
+  Shares* shares;
+};
+
+// A mean is far from the shift when its square swamps the variance: then the sums are taken again, shifted by the mean.
+constexpr double kFar = 16;
+constexpr int64_t kBlock = 4096;  // elements or rows summed in float32 before they join a total
+constexpr int64_t kRows = 256;
+
+// Where results go. What no cache holds anyway is streamed past it, which spares reading the lines that are written.
+template <class T>
+struct Out {
+  T* to;
+  bool stream;
+
+  Out(T* to, bool stream) : to(to), stream(stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
+
+  template <class Part>
+  NORMZOO_INLINE void put(int64_t i, vf v, Part part) const {
+#ifdef __AVX512F__
+    if constexpr (std::is_same_v<Part, Full> && std::is_same_v<T, float>)
+      if (stream) return _mm512_stream_ps(to + i, (__m512)v);
+#endif
+    store(to + i, v, part);
+  }
+};
+
+// Sums, then settled coefficients, then the pass that uses them. One task is one set of statistics; where there are
+// fewer of them than threads, threads share the runs of each.
+template <class Work>
+void drive(Work& work, int64_t tasks, int64_t reduced, int64_t elements, Do what) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (threads == 1 || tasks >= 2 * threads || reduced < threads) {
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements / std::max<int64_t>(1, tasks)));
+    at::parallel_for(0, tasks, grain, [&](int64_t from, int64_t to) {
+      auto part = work.part();
+      for (int64_t k = from; k < to; ++k) {
+        work.begin(k, part);
+        if (what != Do::apply)
+          do work.add(k, 0, reduced, part);
+          while (!work.settle(k, part));
+        if (what != Do::sums) work.apply(k, 0, reduced, part);
+      }
+    });
+    return;
+  }
+  const int64_t share = (reduced + threads - 1) / threads;
+  std::vector<decltype(work.part())> parts;
+  for (int64_t i = 0; i < threads; ++i) parts.push_back(work.part());
+  const auto each = [&](auto&& f) {
+    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) f(parts[i], std::min(reduced, i * share), std::min(reduced, (i + 1) * share));
+    });
+  };
+  for (int64_t k = 0; k < tasks; ++k) {
+    work.begin(k, parts[0]);
+    if (what != Do::apply)
+      do {
+        for (int64_t i = 1; i < threads; ++i) parts[i] = parts[0];
+        each([&](auto& part, int64_t from, int64_t to) { work.add(k, from, to, part); });
+        for (int64_t i = 1; i < threads; ++i) parts[0].merge(parts[i]);
+      } while (!work.settle(k, parts[0]));
+    if (what != Do::sums) each([&](auto&, int64_t from, int64_t to) { work.apply(k, from, to, parts[0]); });
+  }
+}
+
+// ---- runs: a statistic is made of runs of memory, each in one channel --------------------------------------------
+
+struct RunsPart {
+  double s1, s2, number;
+  float shift, mean, scale, add;  // forward: add is the shift of the result
+  float p, q, r;
+  int passes;
+
+  void merge(const RunsPart& other) {
+    s1 += other.s1;
+    s2 += other.s2;
+    number += other.number;
+  }
+};
+
+// Four vectors of each of two sums.
+struct Sums {
+  vf a[4], b[4];
+
+  Sums() : a{}, b{} {}
+  float first() const { return sum((a[0] + a[1]) + (a[2] + a[3])); }
+  float second() const { return sum((b[0] + b[1]) + (b[2] + b[3])); }
+};
+
+inline double count_mask(const uint8_t* mask, int64_t n) {
+  int64_t number = 0;
+  for (int64_t i = 0; i < n; ++i) number += mask[i] != 0;
+  return (double)number;
+}
+
+template <class T, bool kMask>
+struct RunsForward {
+  const Plan& plan;
+  const Forward<T>& args;
+
+  RunsPart part() const { return {}; }
+
+  void begin(int64_t k, RunsPart& part) const {
+    part = {};
+    if (args.known) {
+      part.mean = args.mean[k];
+      part.scale = args.scale ? args.scale[k] : (float)(1 / std::sqrt(args.var[k] + args.eps));
+      part.add = args.shift ? args.shift[k] : 0;
+    } else if (args.centred && !(kMask && !args.mask[plan.kept.mask[k]])) {
+      part.shift = (float)args.x[plan.kept.memory[k]];
+    }
+  }
+
+  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
+    const vf shift = splat(part.shift);
+    Sums sums;
+    int64_t pending = 0;
+    const auto flush = [&] {
+      part.s1 += sums.first();
+      part.s2 += sums.second();
+      sums = {};
+      pending = 0;
+    };
+    for (int64_t r = from; r < to; ++r) {
+      const T* run = args.x + plan.kept.memory[k] + plan.reduced.memory[r];
+      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      for (int64_t at = 0; at < plan.width; at += kBlock) {
+        const int64_t n = std::min(kBlock, plan.width - at);
+        vectors(n, [&](int64_t i, int j, auto whole) {
+          vf v = only(load(run + at + i, whole) - shift, whole);
+          if constexpr (kMask) v = where(mask + at + i, v, whole);
+          sums.a[j] += v;
+          sums.b[j] += v * v;
+        });
+        if ((pending += n) >= kBlock) flush();
+      }
+      if constexpr (kMask) part.number += count_mask(mask, plan.width);
+    }
+    flush();
+  }
+
+  bool settle(int64_t k, RunsPart& part) const {
+    const double n = kMask ? part.number : (double)plan.count;
+    const double off = n > 0 && args.centred ? part.s1 / n : 0;
+    double var = n > 0 ? part.s2 / n - off * off : 0;
+    if (part.passes++ == 0 && off * off > kFar * (var + args.eps)) {
+      part.shift += (float)off;
+      part.s1 = part.s2 = part.number = 0;
+      return false;
+    }
+    if (var < 0) var = 0;
+    part.mean = args.mean[k] = n > 0 ? part.shift + (float)off : 0;
+    args.var[k] = (float)var;
+    part.scale = (float)(1 / std::sqrt(var + args.eps));
+    if (kMask) args.number[k] = (float)n;
+    return true;
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
+    const vf mean = splat(part.mean);
+    for (int64_t r = from; r < to; ++r) {
+      const int64_t at = plan.kept.memory[k] + plan.reduced.memory[r];
+      const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
+      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const vf scale = splat(part.scale * args.weight[c]), add = splat(part.add * args.weight[c] + args.bias[c]);
+      const vf floor = splat(args.floor ? args.floor[c] : -INFINITY);
+      const T* x = args.x + at;
+      const Out<T> out(args.y + at, args.stream);
+      vectors(plan.width, [&](int64_t i, int, auto whole) {
+        vf v = (load(x + i, whole) - mean) * scale + add;
+        v = v < floor ? floor : v;
+        if constexpr (kMask) v = where(mask + i, v, whole);
+        out.put(i, v, whole);
+      });
+    }
+  }
+};
+
+template <class T, bool kMask, bool kFloor>
+struct RunsBackward {
+  const Plan& plan;
+  const Backward<T>& args;
+
+  RunsPart part() const { return {}; }
+
+  void begin(int64_t k, RunsPart& part) const {
+    part = {};
+    part.mean = args.mean[k];
+    part.scale = (float)(1 / std::sqrt(args.var[k] + args.eps));
+    if (args.what == Do::apply) part.p = args.p[k], part.q = args.q[k], part.r = args.r[k];
+  }
+
+  // dy as it reaches the affine part
+  template <class Part>
+  NORMZOO_INLINE vf gradient(const T* dy, const uint8_t* mask, vf off, vf scale, vf bias, vf floor, Part whole) const {
+    vf g = load(dy, whole);
+    if constexpr (kMask) g = where(mask, g, whole);
+    if constexpr (kFloor) g = off * scale + bias < floor ? vf{} : g;
+    return g;
+  }
+
+  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
+    const vf mean = splat(part.mean);
+    float *dweight = args.shares->weight(), *dbias = args.shares->bias(), *dfloor = args.shares->floor();
+    Sums sums;
+    vf below{};
+    double s1 = 0, s2 = 0;
+    int64_t pending = 0;
+    for (int64_t r = from; r < to; ++r) {
+      const int64_t at = plan.kept.memory[k] + plan.reduced.memory[r];
+      const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
+      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
+      const vf floor = splat(kFloor ? args.floor[c] : 0);
+      for (int64_t start = 0; start < plan.width; start += kBlock) {
+        const int64_t n = std::min(kBlock, plan.width - start);
+        const T *x = args.x + at + start, *dy = args.dy + at + start;
+        vectors(n, [&](int64_t i, int j, auto whole) {
+          const vf off = load(x + i, whole) - mean;
+          const vf g = gradient(dy + i, kMask ? mask + start + i : nullptr, off, scale, bias, floor, whole);
+          sums.a[j] += g;
+          sums.b[j] += kMask ? (vf)((vi)(g * off) & (g != 0)) : g * off;
+          if constexpr (kFloor) {
+            vf whole_g = load(dy + i, whole);
+            if constexpr (kMask) whole_g = where(mask + start + i, whole_g, whole);
+            below += whole_g - g;
+          }
+        });
+        if ((pending += n) >= kBlock) {
+          s1 += sums.first();
+          s2 += sums.second();
+          sums = {};
+          pending = 0;
+        }
+      }
+      if (r + 1 < to && plan.reduced.channel[r + 1] == plan.reduced.channel[r]) continue;
+      s1 += sums.first();
+      s2 += sums.second();
+      sums = {};
+      dbias[c] += (float)s1;
+      dweight[c] += (float)(s2 * part.scale);
+      part.s1 += s1 * args.weight[c];
+      part.s2 += s2 * args.weight[c];
+      s1 = s2 = 0;
+      if constexpr (kFloor) dfloor[c] += sum(below), below = vf{};
+    }
+  }
+
+  bool settle(int64_t k, RunsPart& part) const {
+    if (args.what == Do::sums) args.sum[k] = (float)part.s1, args.product[k] = (float)part.s2;
+    const double n = std::max(1.0, args.number ? (double)args.number[k] : (double)plan.count);
+    const double scale = part.scale;
+    part.p = part.scale;
+    part.q = args.constant ? 0 : (float)(-scale * scale * scale * part.s2 / n);
+    part.r = args.constant || !args.centred ? 0 : (float)(-scale * part.s1 / n);
+    return true;
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
+    const vf mean = splat(part.mean), q = splat(part.q), rest = splat(part.r);
+    for (int64_t r = from; r < to; ++r) {
+      const int64_t at = plan.kept.memory[k] + plan.reduced.memory[r];
+      const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
+      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
+      const vf p = splat(part.p * args.weight[c]), floor = splat(kFloor ? args.floor[c] : 0);
+      const T *x = args.x + at, *dy = args.dy + at;
+      const Out<T> out(args.dx + at, args.stream);
+      vectors(plan.width, [&](int64_t i, int, auto whole) {
+        const vf off = load(x + i, whole) - mean;
+        vf v = gradient(dy + i, kMask ? mask + i : nullptr, off, scale, bias, floor, whole) * p + (off * q + rest);
+        if constexpr (kMask) v = where(mask + i, v, whole);
+        out.put(i, v, whole);
+      });
+    }
+  }
+};
+
+// ---- rows: groups of adjacent channels, each reduced by itself ---------------------------------------------------
+
+template <class T>
+void rows_forward(const Plan& plan, const Forward<T>& args) {
+  const int64_t n = plan.width / plan.groups;
+  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
+  at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
+    for (int64_t k = from; k < to; ++k) {
+      const bool real = !args.mask || args.mask[plan.kept.mask[k]];
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        const int64_t which = k * plan.groups + g;
+        const T* x = args.x + plan.kept.memory[k] + g * n;
+        const float *weight = args.weight + g * n, *bias = args.bias + g * n;
+        float mean = 0, scale, shift = 0;
+        if (args.known) {
+          mean = args.mean[which];
+          scale = args.scale ? args.scale[which] : 1 / std::sqrt(args.var[which] + (float)args.eps);
+          shift = args.shift ? args.shift[which] : 0;
+        } else {
+          float var = 0;
+          if (real) {
+            vf a[4] = {};
+            if (args.centred) {
+              vectors(n, [&](int64_t i, int j, auto whole) { a[j] += load(x + i, whole); });
+              mean = sum((a[0] + a[1]) + (a[2] + a[3])) / n;
+            }
+            const vf middle = splat(mean);
+            vf b[4] = {};
+            vectors(n, [&](int64_t i, int j, auto whole) {
+              const vf off = only(load(x + i, whole) - middle, whole);
+              b[j] += off * off;
+            });
+            var = sum((b[0] + b[1]) + (b[2] + b[3])) / n;
+          }
+          args.mean[which] = mean;
+          args.var[which] = var;
+          if (args.number) args.number[which] = real ? n : 0;
+          scale = 1 / std::sqrt(var + (float)args.eps);
+        }
+        if (args.what == Do::sums) continue;
+        T* y = args.y + plan.kept.memory[k] + g * n;
+        if (!real) {
+          std::fill(y, y + n, T(0));
+          continue;
+        }
+        const vf middle = splat(mean), factor = splat(scale), add = splat(shift);
+        const Out<T> out(y, args.stream);
+        vectors(n, [&](int64_t i, int, auto whole) {
+          const vf v = (load(x + i, whole) - middle) * factor + add;
+          out.put(i, v * load(weight + i, whole) + load(bias + i, whole), whole);
+        });
+      }
+    }
+  });
+}
+
+template <class T>
+void rows_backward(const Plan& plan, const Backward<T>& args) {
+  const int64_t n = plan.width / plan.groups;
+  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
+  at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
+    std::vector<float> block(2 * plan.width);
+    float *dweight = block.data(), *dbias = dweight + plan.width;
+    const auto flush = [&] {
+      if (args.what == Do::apply) return;
+      float* total = args.shares->weight();
+      for (int64_t i = 0; i < 2 * plan.width; ++i) total[i] += block[i];
+      std::fill(block.begin(), block.end(), 0.f);
+    };
+    for (int64_t k = from; k < to; ++k) {
+      const bool real = !args.mask || args.mask[plan.kept.mask[k]];
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        const int64_t which = k * plan.groups + g, at = plan.kept.memory[k] + g * n;
+        const T *x = args.x + at, *dy = args.dy + at;
+        T* dx = args.dx + at;
+        if (!real) {
+          if (args.what != Do::sums) std::fill(dx, dx + n, T(0));
+          if (args.what == Do::sums) args.sum[which] = args.product[which] = 0;
+          continue;
+        }
+        const float *weight = args.weight + g * n;
+        const float rstd = 1 / std::sqrt(args.var[which] + (float)args.eps);
+        const vf mean = splat(args.mean[which]), scale = splat(rstd);
+        float p = rstd, q = 0, r = 0;
+        if (args.what != Do::apply) {
+          Sums sums;
+          float *dw = dweight + g * n, *db = dbias + g * n;
+          vectors(n, [&](int64_t i, int j, auto whole) {
+            const vf d = load(dy + i, whole), w = load(weight + i, whole);
+            const vf off = only(load(x + i, whole) - mean, whole);
+            const vf both = d * off;
+            sums.a[j] += w * d;
+            sums.b[j] += w * both;
+            store(dw + i, load(dw + i, whole) + both * scale, whole);
+            store(db + i, load(db + i, whole) + d, whole);
+          });
+          const float s1 = sums.first(), s2 = sums.second();
+          if (args.what == Do::sums) {
+            args.sum[which] = s1;
+            args.product[which] = s2;
+            continue;
+          }
+          if (!args.constant) q = -rstd * rstd * rstd * s2 / n;
+          if (!args.constant && args.centred) r = -rstd * s1 / n;
+        } else {
+          p = args.p[which], q = args.q[which], r = args.r[which];
+        }
+        const vf vp = splat(p), vq = splat(q), vr = splat(r);
+        const Out<T> out(dx, args.stream);
+        vectors(n, [&](int64_t i, int, auto whole) {
+          const vf off = load(x + i, whole) - mean;
+          out.put(i, load(dy + i, whole) * (load(weight + i, whole) * vp) + (off * vq + vr), whole);
+        });
+      }
+      if ((k - from + 1) % kRows == 0) flush();
+    }
+    flush();
+  });
+}
+
+// ---- columns: the innermost run is kept, or is all channels ------------------------------------------------------
+
+// The first four are sums, which threads merge.
+enum Column { kS1, kS2, kCount, kBelow, kShift, kMean, kScale, kAdd, kP, kQ, kR, kWeight, kBias, kFloor, kColumns };
+
+struct ColumnsPart {
+  int64_t width;
+  std::vector<float> data;  // kColumns rows of the width
+  double rows = 0;
+  int passes = 0;
+
+  explicit ColumnsPart(int64_t width) : width(width), data(kColumns * width) {}
+  float* at(int which) { return data.data() + which * width; }
+  const float* at(int which) const { return data.data() + which * width; }
+
+  void clear() {
+    std::fill(data.begin(), data.begin() + 4 * width, 0.f);
+    std::fill(at(kP), at(kR), 0.f);  // sums of a block, until they are coefficients
+    rows = 0;
+  }
+  void merge(const ColumnsPart& other) {
+    for (int64_t i = 0; i < 4 * width; ++i) data[i] += other.data[i];
+    rows += other.rows;
+  }
+};
+
+// Rows that are read together, and how far it is to the next ones: several at once are more than the processor's own
+// prefetching can follow.
+template <class T, int kMany>
+struct Rows {
+  const T* at[kMany];
+  int64_t next;
+
+  NORMZOO_INLINE explicit Rows(const T* const* rows) : next(rows[kMany] - rows[0]) {
+    for (int j = 0; j < kMany; ++j) at[j] = rows[j];
+  }
+  NORMZOO_INLINE void fetch(int64_t i, int j) const { __builtin_prefetch(at[j] + i + next); }
+};
+
+// Go on with a list of rows as it ends, for what is fetched ahead.
+template <class T>
+void follow(const T** rows, int64_t n, int64_t more) {
+  const int64_t step = n > 1 ? rows[n - 1] - rows[n - 2] : 0;
+  for (int64_t i = n; i < n + more; ++i) rows[i] = rows[i - 1] + step;
+}
+
+// What is the same forward and backward. A task is a kept index, and a piece of a long run that lies in one channel.
+template <bool kAcross, bool kMask>
+struct Columns {
+  const Plan& plan;
+  int64_t length = 0, pieces = 1;
+
+  explicit Columns(const Plan& plan) : plan(plan) {
+    length = kAcross ? plan.width : std::min<int64_t>(plan.width, 1024);
+    pieces = (plan.width + length - 1) / length;
+  }
+  ColumnsPart part() const { return ColumnsPart(length); }
+  int64_t tasks() const { return plan.kept.size() * pieces; }
+  int64_t start(int64_t k) const { return plan.kept.memory[k / pieces] + k % pieces * length; }
+  int64_t columns(int64_t k) const { return std::min(length, plan.width - k % pieces * length); }
+  // columns with parameters or statistics of their own: the others repeat them
+  int64_t distinct(int64_t k) const { return kAcross ? plan.channels : columns(k); }
+  int64_t group(int64_t c) const { return kAcross ? plan.group[c] : c; }
+  int64_t first(int64_t k) const { return k / pieces * plan.groups + k % pieces * length; }  // statistic
+  int64_t statistics(int64_t k) const { return kAcross ? plan.groups : columns(k); }
+  int64_t channel(int64_t k, int64_t r) const {
+    return kAcross ? 0 : plan.kept.channel[k / pieces] + plan.reduced.channel[r];
+  }
+  const uint8_t* mask(const uint8_t* mask, int64_t k, int64_t r) const {
+    return mask + plan.kept.mask[k / pieces] + plan.reduced.mask[r] + (kAcross ? 0 : k % pieces * length);
+  }
+  void repeat(ColumnsPart& part, std::initializer_list<Column> which) const {
+    for (const auto column : which)
+      for (int64_t i = 1; i < plan.repeat; ++i)
+        std::copy_n(part.at(column), plan.channels, part.at(column) + i * plan.channels);
+  }
+  // The sums of a block of rows join the total.
+  void flush(int64_t k, ColumnsPart& part) const {
+    const int64_t n = distinct(k);
+    for (const auto& [total, block] : {std::pair(kS1, kP), std::pair(kS2, kQ)}) {
+      float *to = part.at(total), *from = part.at(block);
+      for (int64_t i = 0; i < plan.repeat; ++i)
+        for (int64_t c = 0; c < n; ++c) to[c] += from[i * n + c];
+      std::fill(from, from + columns(k), 0.f);
+    }
+  }
+};
+
+template <class T, bool kAcross, bool kMask>
+struct ColumnsForward : Columns<kAcross, kMask> {
+  const Forward<T>& args;
+
+  ColumnsForward(const Plan& plan, const Forward<T>& args) : Columns<kAcross, kMask>(plan), args(args) {}
+
+  // The coefficients of each column, from the statistics of its group.
+  void spread(int64_t k, ColumnsPart& part) const {
+    const int64_t first = this->first(k);
+    for (int64_t c = 0; c < this->distinct(k); ++c) {
+      const int64_t which = first + this->group(c);
+      const float factor = args.scale ? args.scale[which] : 1 / std::sqrt(args.var[which] + (float)args.eps);
+      const float weight = kAcross ? args.weight[c] : 1;
+      part.at(kMean)[c] = args.mean[which];
+      part.at(kScale)[c] = factor * weight;
+      part.at(kAdd)[c] = (args.shift ? args.shift[which] * weight : 0) + (kAcross ? args.bias[c] : 0);
+      if (kAcross && args.floor) part.at(kFloor)[c] = args.floor[c];
+    }
+    this->repeat(part, {kMean, kScale, kAdd, kFloor});
+  }
+
+  void begin(int64_t k, ColumnsPart& part) const {
+    part.clear();
+    part.passes = 0;
+    if (args.known) return spread(k, part);
+    const T* row = args.x + this->start(k) + this->plan.reduced.memory[0];
+    const uint8_t* mask = kMask ? this->mask(args.mask, k, 0) : nullptr;
+    for (int64_t c = 0; c < this->distinct(k); ++c)
+      part.at(kShift)[c] = !args.centred || (kMask && !mask[kAcross ? 0 : c]) ? 0 : (float)row[c];
+    this->repeat(part, {kShift});
+  }
+
+  template <int kMany>
+  void add_rows(const T* const* rows, const uint8_t* const* masks, int64_t n, ColumnsPart& part) const {
+    const Rows<T, kMany> x(rows);
+    float *t1 = part.at(kP), *t2 = part.at(kQ), *number = part.at(kCount);
+    const float* from = part.at(kShift);
+    vectors(n, [&](int64_t i, int, auto whole) {
+      vf a = load(t1 + i, whole), b = load(t2 + i, whole), real{};
+      const vf base = load(from + i, whole);
+#pragma GCC unroll 8
+      for (int j = 0; j < kMany; ++j) {
+        vf v = load(x.at[j] + i, whole) - base;
+        x.fetch(i, j);
+        if constexpr (kMask && !kAcross) {
+          v = where(masks[j] + i, v, whole);
+          real += where(masks[j] + i, splat(1), whole);
+        }
+        a += v;
+        b += v * v;
+      }
+      store(t1 + i, a, whole);
+      store(t2 + i, b, whole);
+      if constexpr (kMask && !kAcross) store(number + i, load(number + i, whole) + real, whole);
+    });
+  }
+
+  void add(int64_t k, int64_t from, int64_t to, ColumnsPart& part) const {
+    constexpr int kMany = 8;
+    const int64_t n = this->columns(k);
+    const T* rows[kRows + kMany];
+    const uint8_t* masks[kRows];
+    for (int64_t r = from; r < to;) {
+      int64_t many = 0;
+      for (; r < to && many < kRows; ++r) {
+        if constexpr (kMask) {
+          masks[many] = this->mask(args.mask, k, r);
+          if (kAcross && !*masks[many]) continue;
+        }
+        rows[many++] = args.x + this->start(k) + this->plan.reduced.memory[r];
+      }
+      if (many == 0) continue;
+      follow(rows, many, kMany);
+      int64_t j = 0;
+      for (; j + kMany <= many; j += kMany) add_rows<kMany>(rows + j, masks + j, n, part);
+      for (; j < many; ++j) add_rows<1>(rows + j, masks + j, n, part);
+      this->flush(k, part);
+      part.rows += (double)(many * this->plan.repeat);
+    }
+  }
+
+  bool settle(int64_t k, ColumnsPart& part) const {
+    const int64_t n = this->distinct(k), statistics = this->statistics(k), first = this->first(k);
+    const float eps = (float)args.eps, rows = std::max(1.f, (float)part.rows);
+    constexpr bool kEach = kMask && !kAcross;  // every column has a number of its own
+    float *off = part.at(kS1), *var = part.at(kS2), *number = part.at(kCount), *from = part.at(kShift);
+    float far = 0;
+    for (int64_t c = 0; c < n; ++c) {
+      const float inverse = 1 / (kEach ? std::max(1.f, number[c]) : rows);
+      off[c] = args.centred ? off[c] * inverse : 0;
+      var[c] = var[c] * inverse - off[c] * off[c];
+      far = std::max(far, off[c] * off[c] - (float)kFar * (var[c] + eps));
+    }
+    if (part.passes++ == 0 && far > 0) {
+      for (int64_t c = 0; c < n; ++c) from[c] += off[c];
+      this->repeat(part, {kShift});
+      part.clear();
+      return false;
+    }
+    float *means = args.mean + first, *vars = args.var + first;
+    const bool none = !kEach && part.rows == 0;
+    for (int64_t c = 0; c < n; ++c) {
+      const bool empty = kEach ? number[c] == 0 : none;
+      off[c] = empty ? 0 : off[c] + from[c];  // the mean of the column
+      var[c] = empty || var[c] < 0 ? 0 : var[c];
+    }
+    if (statistics == n) {
+      std::copy_n(off, n, means);
+      std::copy_n(var, n, vars);
+    } else {
+      const float share = (float)statistics / (float)n;
+      std::vector<float> base(statistics);  // one mean of the group: they may be large
+      for (int64_t c = n; c-- > 0;) base[this->group(c)] = off[c];
+      std::fill(means, means + statistics, 0.f);
+      std::fill(vars, vars + statistics, 0.f);
+      for (int64_t c = 0; c < n; ++c) means[this->group(c)] += (off[c] - base[this->group(c)]) * share;
+      for (int64_t g = 0; g < statistics; ++g) means[g] = args.centred ? means[g] + base[g] : 0;
+      for (int64_t c = 0; c < n; ++c) {
+        const float apart = off[c] - means[this->group(c)];
+        vars[this->group(c)] += (var[c] + apart * apart) * share;
+      }
+    }
+    if (kMask)
+      for (int64_t g = 0; g < statistics; ++g)
+        args.number[first + g] = kEach ? number[g] : (float)part.rows * n / statistics;
+    spread(k, part);
+    return true;
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const ColumnsPart& part) const {
+    const int64_t n = this->columns(k);
+    const float *means = part.at(kMean), *scales = part.at(kScale), *adds = part.at(kAdd), *floors = part.at(kFloor);
+    for (int64_t j = from; j < to; ++j) {
+      const int64_t at = this->start(k) + this->plan.reduced.memory[j];
+      const uint8_t* mask = kMask ? this->mask(args.mask, k, j) : nullptr;
+      const T* x = args.x + at;
+      T* y = args.y + at;
+      if (kAcross && kMask && !*mask) {
+        std::fill(y, y + n, T(0));
+        continue;
+      }
+      const int64_t c = this->channel(k, j);
+      const vf weight = splat(kAcross ? 1 : args.weight[c]), bias = splat(kAcross ? 0 : args.bias[c]);
+      const Out<T> out(y, args.stream);
+      vectors(n, [&](int64_t i, int, auto whole) {
+        vf v = (load(x + i, whole) - load(means + i, whole)) * load(scales + i, whole) + load(adds + i, whole);
+        if constexpr (kAcross) {
+          if (args.floor) {
+            const vf floor = load(floors + i, whole);
+            v = v < floor ? floor : v;
+          }
+        } else {
+          v = v * weight + bias;
+          if constexpr (kMask) v = where(mask + i, v, whole);
+        }
+        out.put(i, v, whole);
+      });
+    }
+  }
+};
+
+template <class T, bool kAcross, bool kMask, bool kLimited>
+struct ColumnsBackward : Columns<kAcross, kMask> {
+  const Backward<T>& args;
+
+  ColumnsBackward(const Plan& plan, const Backward<T>& args) : Columns<kAcross, kMask>(plan), args(args) {}
+
+  void begin(int64_t k, ColumnsPart& part) const {
+    part.clear();
+    const int64_t first = this->first(k);
+    for (int64_t c = 0; c < this->distinct(k); ++c) {
+      const int64_t which = first + this->group(c);
+      part.at(kMean)[c] = args.mean[which];
+      part.at(kScale)[c] = 1 / std::sqrt(args.var[which] + (float)args.eps);
+      part.at(kWeight)[c] = kAcross ? args.weight[c] : 1;
+      if (kLimited) part.at(kBias)[c] = args.bias[c], part.at(kFloor)[c] = args.floor[c];
+      if (args.what != Do::apply) continue;
+      part.at(kP)[c] = args.p[which] * part.at(kWeight)[c];
+      part.at(kQ)[c] = args.q[which];
+      part.at(kR)[c] = args.r[which];
+    }
+    this->repeat(part, {kMean, kScale});
+    if (kLimited) this->repeat(part, {kWeight, kBias, kFloor});
+    if (args.what == Do::apply) this->repeat(part, {kP, kQ, kR});
+  }
+
+  template <class Part>
+  NORMZOO_INLINE vf gradient(const T* dy, const ColumnsPart& part, int64_t i, vf off, Part whole) const {
+    const vf g = load(dy + i, whole);
+    if constexpr (!kLimited) return g;
+    const vf value = off * load(part.at(kScale) + i, whole) * load(part.at(kWeight) + i, whole);
+    return value + load(part.at(kBias) + i, whole) < load(part.at(kFloor) + i, whole) ? vf{} : g;
+  }
+
+  // Rows across the channels.
+  template <int kMany>
+  void add_across(const T* const* xs, const T* const* dys, int64_t n, ColumnsPart& part) const {
+    const Rows<T, kMany> x(xs), dy(dys);
+    float *t1 = part.at(kP), *t2 = part.at(kQ), *under = part.at(kBelow);
+    const float* means = part.at(kMean);
+    vectors(n, [&](int64_t i, int, auto whole) {
+      vf a = load(t1 + i, whole), b = load(t2 + i, whole), dropped{};
+      const vf middle = load(means + i, whole);
+#pragma GCC unroll 8
+      for (int j = 0; j < kMany; ++j) {
+        const vf off = load(x.at[j] + i, whole) - middle;
+        const vf g = gradient(dy.at[j], part, i, off, whole);
+        x.fetch(i, j);
+        dy.fetch(i, j);
+        a += g;
+        b += g * off;
+        if constexpr (kLimited) dropped += load(dy.at[j] + i, whole) - g;
+      }
+      store(t1 + i, a, whole);
+      store(t2 + i, b, whole);
+      if constexpr (kLimited) store(under + i, load(under + i, whole) + dropped, whole);
+    });
+  }
+
+  // Rows that lie in one channel each.
+  template <int kMany>
+  void add_along(const T* const* xs, const T* const* dys, const uint8_t* const* masks, const int64_t* channels,
+                 int64_t n, ColumnsPart& part) const {
+    const Rows<T, kMany> x(xs), dy(dys);
+    float *t1 = part.at(kP), *t2 = part.at(kQ);
+    const float *means = part.at(kMean), *scales = part.at(kScale);
+    vf sums[kMany] = {}, products[kMany] = {}, weight[kMany];
+    for (int j = 0; j < kMany; ++j) weight[j] = splat(args.weight[channels[j]]);
+    vectors(n, [&](int64_t i, int, auto whole) {
+      vf a = load(t1 + i, whole), b = load(t2 + i, whole);
+      const vf middle = load(means + i, whole), scale = load(scales + i, whole);
+#pragma GCC unroll 4
+      for (int j = 0; j < kMany; ++j) {
+        vf g = load(dy.at[j] + i, whole), off = load(x.at[j] + i, whole) - middle;
+        x.fetch(i, j);
+        dy.fetch(i, j);
+        if constexpr (kMask) {
+          g = where(masks[j] + i, g, whole);
+          off = where(masks[j] + i, off, whole);
+        }
+        const vf both = g * off;
+        sums[j] += g;
+        products[j] += both * scale;
+        a += g * weight[j];
+        b += both * weight[j];
+      }
+      store(t1 + i, a, whole);
+      store(t2 + i, b, whole);
+    });
+    for (int j = 0; j < kMany; ++j) {
+      args.shares->bias()[channels[j]] += sum(sums[j]);
+      args.shares->weight()[channels[j]] += sum(products[j]);
+    }
+  }
+
+  template <int kMany>
+  void add_rows(const T* const* xs, const T* const* dys, const uint8_t* const* masks, const int64_t* channels,
+                int64_t n, ColumnsPart& part) const {
+    if constexpr (kAcross)
+      add_across<kMany>(xs, dys, n, part);
+    else
+      add_along<kMany>(xs, dys, masks, channels, n, part);
+  }
+
+  void add(int64_t k, int64_t from, int64_t to, ColumnsPart& part) const {
+    constexpr int kMany = 4;
+    const int64_t n = this->columns(k), start = this->start(k);
+    const T *xs[kRows + kMany], *dys[kRows + kMany];
+    const uint8_t* masks[kRows];
+    int64_t channels[kRows];
+    for (int64_t r = from; r < to;) {
+      int64_t many = 0;
+      for (; r < to && many < kRows; ++r) {
+        if constexpr (kMask) {
+          masks[many] = this->mask(args.mask, k, r);
+          if (kAcross && !*masks[many]) continue;
+        }
+        channels[many] = this->channel(k, r);
+        xs[many] = args.x + start + this->plan.reduced.memory[r];
+        dys[many++] = args.dy + start + this->plan.reduced.memory[r];
+      }
+      if (many == 0) continue;
+      follow(xs, many, kMany);
+      follow(dys, many, kMany);
+      int64_t j = 0;
+      for (; j + kMany <= many; j += kMany) add_rows<kMany>(xs + j, dys + j, masks + j, channels + j, n, part);
+      for (; j < many; ++j) add_rows<1>(xs + j, dys + j, masks + j, channels + j, n, part);
+      this->flush(k, part);
+    }
+    if constexpr (kLimited) {
+      float* under = part.at(kBelow);
+      for (int64_t i = this->plan.channels; i < n; ++i) {
+        under[i % this->plan.channels] += under[i];
+        under[i] = 0;
+      }
+    }
+  }
+
+  bool settle(int64_t k, ColumnsPart& part) const {
+    const int64_t n = this->distinct(k), statistics = this->statistics(k), first = this->first(k);
+    const float *s1 = part.at(kS1), *s2 = part.at(kS2), *scale = part.at(kScale), *weight = part.at(kWeight);
+    std::vector<float> sums(2 * statistics);
+    float *a = sums.data(), *b = a + statistics;
+    for (int64_t c = 0; c < n; ++c) {
+      a[this->group(c)] += s1[c] * weight[c];
+      b[this->group(c)] += s2[c] * weight[c];
+    }
+    if constexpr (kAcross) {
+      float *dweight = args.shares->weight(), *dbias = args.shares->bias(), *dfloor = args.shares->floor();
+      for (int64_t c = 0; c < n; ++c) {
+        dbias[c] += s1[c];
+        dweight[c] += s2[c] * scale[c];
+        if (kLimited) dfloor[c] += part.at(kBelow)[c];
+      }
+    }
+    if (args.what == Do::sums) {
+      std::copy_n(a, statistics, args.sum + first);
+      std::copy_n(b, statistics, args.product + first);
+      return true;
+    }
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t which = this->group(c);
+      const float number = std::max(1.f, args.number ? args.number[first + which] : (float)this->plan.count);
+      part.at(kP)[c] = scale[c] * weight[c];
+      part.at(kQ)[c] = args.constant ? 0 : -scale[c] * scale[c] * scale[c] * b[which] / number;
+      part.at(kR)[c] = args.constant || !args.centred ? 0 : -scale[c] * a[which] / number;
+    }
+    this->repeat(part, {kP, kQ, kR});
+    return true;
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const ColumnsPart& part) const {
+    const int64_t n = this->columns(k);
+    const float *means = part.at(kMean), *ps = part.at(kP), *qs = part.at(kQ), *rs = part.at(kR);
+    for (int64_t j = from; j < to; ++j) {
+      const int64_t at = this->start(k) + this->plan.reduced.memory[j];
+      const uint8_t* mask = kMask ? this->mask(args.mask, k, j) : nullptr;
+      const T *x = args.x + at, *dy = args.dy + at;
+      T* dx = args.dx + at;
+      if (kAcross && kMask && !*mask) {
+        std::fill(dx, dx + n, T(0));
+        continue;
+      }
+      const vf weight = splat(kAcross ? 1 : args.weight[this->channel(k, j)]);
+      const Out<T> out(dx, args.stream);
+      vectors(n, [&](int64_t i, int, auto whole) {
+        const vf off = load(x + i, whole) - load(means + i, whole);
+        const vf g = gradient(dy, part, i, off, whole) * weight;
+        vf v = g * load(ps + i, whole) + (off * load(qs + i, whole) + load(rs + i, whole));
+        if constexpr (kMask && !kAcross) v = where(mask + i, v, whole);
+        out.put(i, v, whole);
+      });
+    }
+  }
+};
+
+// ---- the choice among them ---------------------------------------------------------------------------------------
+
+template <class T, bool kMask>
+void forward(const Plan& plan, const Forward<T>& args) {
+  const int64_t elements = plan.count * plan.statistics();
+  const Do what = args.known ? Do::apply : args.what;
+  if (plan.family == Family::rows) {
+    rows_forward(plan, args);
+  } else if (plan.family == Family::runs) {
+    RunsForward<T, kMask> work{plan, args};
+    drive(work, plan.kept.size(), plan.reduced.size(), elements, what);
+  } else if (plan.across) {
+    ColumnsForward<T, true, kMask> work(plan, args);
+    drive(work, work.tasks(), plan.reduced.size(), elements, what);
+  } else {
+    ColumnsForward<T, false, kMask> work(plan, args);
+    drive(work, work.tasks(), plan.reduced.size(), elements, what);
+  }
+}
+
+template <class T, bool kMask, bool kFloor>
+void backward(const Plan& plan, const Backward<T>& args) {
+  const int64_t elements = plan.count * plan.statistics();
+  if (plan.family == Family::rows) {
+    rows_backward(plan, args);
+  } else if (plan.family == Family::runs) {
+    RunsBackward<T, kMask, kFloor> work{plan, args};
+    drive(work, plan.kept.size(), plan.reduced.size(), elements, args.what);
+  } else if (plan.across) {
+    ColumnsBackward<T, true, kMask, kFloor> work(plan, args);
+    drive(work, work.tasks(), plan.reduced.size(), elements, args.what);
+  } else {
+    ColumnsBackward<T, false, kMask, false> work(plan, args);
+    drive(work, work.tasks(), plan.reduced.size(), elements, args.what);
+  }
+}
+
+}  // namespace normzoo

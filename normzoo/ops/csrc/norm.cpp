@@ -1,0 +1,350 @@
+// Standardisation over the axes of any pattern as operators of torch, with its gradient.
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "families.h"
+
+namespace normzoo {
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// How a tensor lies in memory: its samples, channels and positions, and whether the channel comes last.
+struct Layout {
+  int64_t samples, channels, positions;
+  bool channels_last, dense;
+};
+
+// Whether the strides are those of a contiguous tensor whose channel dimension was moved.
+bool moved_contiguous(const Tensor& x, int64_t channel, bool last) {
+  int64_t expected = 1;
+  const auto check = [&](int64_t d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+    expected *= x.size(d);
+    return true;
+  };
+  if (last && !check(channel)) return false;
+  for (int64_t d = x.dim() - 1; d > 0; --d)
+    if (d != channel && !check(d)) return false;
+  if (!last && !check(channel)) return false;
+  return check(0);
+}
+
+Layout layout_of(const Tensor& x, int64_t channel_dim) {
+  const int64_t channel = channel_dim == -1 ? x.dim() - 1 : 1;
+  Layout layout{x.size(0), x.size(channel), 1, channel_dim == -1, true};
+  for (int64_t d = 1; d < x.dim(); ++d)
+    if (d != channel) layout.positions *= x.size(d);
+  if (x.is_contiguous()) return layout;
+  if (moved_contiguous(x, channel, !layout.channels_last)) {
+    layout.channels_last = !layout.channels_last;
+    return layout;
+  }
+  layout.dense = false;
+  return layout;
+}
+
+// A tensor that lies as the layout says.
+Tensor laid_out(const Tensor& x, const Layout& layout, int64_t channel_dim) {
+  if (!layout.dense) return x.contiguous();
+  return x;
+}
+
+Tensor like(const Tensor& t, const Tensor& x, const Layout& layout, int64_t channel_dim) {
+  const int64_t channel = channel_dim == -1 ? x.dim() - 1 : 1;
+  if (t.scalar_type() == x.scalar_type() && moved_contiguous(t, channel, layout.channels_last)) return t;
+  return at::empty_like(x).copy_(t);
+}
+
+// A parameter of the channels as float32, the value where there is none.
+struct Channels {
+  std::vector<float> made;
+  Tensor held;
+  const float* data;
+
+  Channels(const Maybe& given, int64_t channels, float value) {
+    if (given && given->defined()) {
+      TORCH_CHECK(given->numel() == channels, "expected a parameter of ", channels, " channels, got ", given->numel());
+      held = given->to(at::kFloat).contiguous();
+      data = held.const_data_ptr<float>();
+    } else {
+      made.assign(channels, value);
+      data = made.data();
+    }
+  }
+};
+
+const float* data_or_null(const Maybe& t, Tensor& held) {
+  if (!t || !t->defined()) return nullptr;
+  held = t->to(at::kFloat).contiguous();
+  return held.const_data_ptr<float>();
+}
+
+const uint8_t* mask_or_null(const Maybe& mask, Tensor& held) {
+  if (!mask || !mask->defined()) return nullptr;
+  TORCH_CHECK(mask->scalar_type() == at::kBool, "expected a boolean mask");
+  held = mask->contiguous();
+  return reinterpret_cast<const uint8_t*>(held.const_data_ptr<bool>());
+}
+
+// Whether a result is larger than the last cache of a core, as a rule.
+bool streams(const Tensor& x) { return x.nbytes() >= (32 << 20); }
+
+template <class F>
+void dispatch(at::ScalarType type, F&& f) {
+  switch (type) {
+    case at::kFloat: return f(float{});
+    case at::kBFloat16: return f(c10::BFloat16{});
+    case at::kHalf: return f(c10::Half{});
+    default: TORCH_CHECK(false, "normzoo's CPU kernels take float32, bfloat16 and float16, got ", type);
+  }
+}
+
+// ---- forward -----------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(
+    const Tensor& input, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask,
+    const Maybe& mean, const Maybe& var, const Maybe& scale, const Maybe& shift, c10::IntArrayRef axes,
+    int64_t channel_dim, bool centred, double eps, bool statistics_alone) {
+  const Layout layout = layout_of(input, channel_dim);
+  const Tensor x = laid_out(input, layout, channel_dim);
+  const Plan plan = make_plan(axes, layout.samples, layout.channels, layout.positions, layout.channels_last,
+                              mask && mask->defined());
+  const bool known = mean && mean->defined();
+  const auto options = x.options().dtype(at::kFloat);
+  const Tensor y = statistics_alone ? Tensor() : at::empty_like(x);
+  const Tensor means = known ? mean->to(at::kFloat).contiguous() : at::empty(plan.shape, options);
+  const Tensor vars = var && var->defined() ? var->to(at::kFloat).contiguous()
+                      : known               ? means
+                                            : at::empty(plan.shape, options);
+  TORCH_CHECK(means.numel() == plan.statistics() && vars.numel() == plan.statistics(), "expected ", plan.statistics(),
+              " statistics, got ", means.numel());
+  Tensor held_mask, held_floor, held_scale, held_shift;
+  const uint8_t* masked = mask_or_null(mask, held_mask);
+  const Tensor number = masked && !known ? at::empty(plan.shape, options) : at::empty({0}, options);
+  const Channels w(weight, layout.channels, 1), b(bias, layout.channels, 0);
+  const float* limit = data_or_null(floor, held_floor);
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Forward<T> args{
+        x.const_data_ptr<T>(), statistics_alone ? nullptr : y.mutable_data_ptr<T>(), masked, w.data, b.data, limit,
+        means.mutable_data_ptr<float>(), vars.mutable_data_ptr<float>(),
+        number.numel() ? number.mutable_data_ptr<float>() : nullptr, data_or_null(scale, held_scale),
+        data_or_null(shift, held_shift), known, centred, statistics_alone ? Do::sums : Do::all, eps, streams(x)};
+    masked ? forward<T, true>(plan, args) : forward<T, false>(plan, args);
+  });
+  return {y, means, vars, number};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> standardize(
+    const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask, const Maybe& mean,
+    const Maybe& var, c10::IntArrayRef axes, int64_t channel_dim, bool centred, double eps, bool constant) {
+  auto [y, means, vars, number] = run_forward(x, weight, bias, floor, mask, mean, var, {}, {}, axes, channel_dim,
+                                              centred, eps, false);
+  const auto empty = [&] { return at::empty({0}, means.options()); };
+  if (mean && mean->defined()) return {y, empty(), empty(), empty()};  // an operator returns nothing that it was given
+  return {y, means, vars, number};
+}
+
+std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const Maybe& mask, c10::IntArrayRef axes,
+                                           int64_t channel_dim, bool centred, double eps) {
+  auto [y, means, vars, number] = run_forward(x, {}, {}, {}, mask, {}, {}, {}, {}, axes, channel_dim, centred, eps, true);
+  return {means, vars, number};
+}
+
+Tensor rescale(const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& shift, const Maybe& weight,
+               const Maybe& bias, const Maybe& mask, c10::IntArrayRef axes, int64_t channel_dim) {
+  return std::get<0>(
+      run_forward(x, weight, bias, {}, mask, mean, {}, scale, shift, axes, channel_dim, true, 0, false));
+}
+
+// ---- backward ----------------------------------------------------------------------------------------------------
+
+struct Gradients {
+  Tensor dx, weight, bias, floor, sum, product;
+};
+
+Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& weight, const Maybe& bias,
+                       const Maybe& floor, const Maybe& mask, const Tensor& mean, const Tensor& var,
+                       const Maybe& number, const Maybe& p, const Maybe& q, const Maybe& r, c10::IntArrayRef axes,
+                       int64_t channel_dim, bool centred, double eps, bool constant, Do what) {
+  const Layout layout = layout_of(input, channel_dim);
+  const Tensor x = laid_out(input, layout, channel_dim);
+  const Tensor dy = like(grad, x, layout, channel_dim);
+  const Plan plan = make_plan(axes, layout.samples, layout.channels, layout.positions, layout.channels_last,
+                              mask && mask->defined());
+  const auto options = x.options().dtype(at::kFloat);
+  Gradients out;
+  if (what != Do::sums) out.dx = at::empty_like(x);
+  if (what == Do::sums) out.sum = at::empty(mean.sizes(), options), out.product = at::empty(mean.sizes(), options);
+  Tensor held[8];
+  const uint8_t* masked = mask_or_null(mask, held[0]);
+  const Channels w(weight, layout.channels, 1), b(bias, layout.channels, 0);
+  const float* limit = data_or_null(floor, held[1]);
+  const bool shared = what != Do::apply;
+  Shares shares(shared ? at::get_num_threads() : 0, layout.channels);
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Backward<T> args{
+        dy.const_data_ptr<T>(), x.const_data_ptr<T>(), what == Do::sums ? nullptr : out.dx.mutable_data_ptr<T>(),
+        masked, w.data, b.data, limit, data_or_null(mean, held[2]), data_or_null(var, held[3]),
+        number && number->numel() ? data_or_null(number, held[4]) : nullptr,
+        what == Do::sums ? out.sum.mutable_data_ptr<float>() : nullptr,
+        what == Do::sums ? out.product.mutable_data_ptr<float>() : nullptr,
+        data_or_null(p, held[5]), data_or_null(q, held[6]), data_or_null(r, held[7]), constant, centred, what, eps,
+        streams(x), &shares};
+    if (limit)
+      masked ? backward<T, true, true>(plan, args) : backward<T, false, true>(plan, args);
+    else
+      masked ? backward<T, true, false>(plan, args) : backward<T, false, false>(plan, args);
+  });
+  if (!shared) return out;
+  shares.merge();
+  const auto parameter = [&](int64_t which, const Maybe& given) -> Tensor {
+    const Tensor gradient = at::empty({layout.channels}, options);
+    std::memcpy(gradient.mutable_data_ptr<float>(), shares.data.data() + which * layout.channels,
+                layout.channels * sizeof(float));
+    return given && given->defined() ? gradient.to(given->scalar_type()).view(given->sizes()) : gradient;
+  };
+  if (what == Do::sums || (weight && weight->defined())) out.weight = parameter(0, weight);
+  if (what == Do::sums || (bias && bias->defined())) out.bias = parameter(1, bias);
+  if (floor && floor->defined()) out.floor = parameter(2, floor);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_backward(
+    const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask,
+    const Tensor& mean, const Tensor& var, const Maybe& number, c10::IntArrayRef axes, int64_t channel_dim,
+    bool centred, double eps, bool constant) {
+  auto out = run_backward(dy, x, weight, bias, floor, mask, mean, var, number, {}, {}, {}, axes, channel_dim, centred,
+                          eps, constant, Do::all);
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, mean.options()); };
+  return {out.dx, or_empty(out.weight), or_empty(out.bias), or_empty(out.floor)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_sums(
+    const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& mask, const Tensor& mean, const Tensor& var,
+    c10::IntArrayRef axes, int64_t channel_dim, double eps) {
+  auto out = run_backward(dy, x, weight, {}, {}, mask, mean, var, {}, {}, {}, {}, axes, channel_dim, true, eps, false,
+                          Do::sums);
+  return {out.sum, out.product, out.weight, out.bias};
+}
+
+Tensor gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& mask, const Tensor& mean,
+                const Tensor& p, const Tensor& q, const Tensor& r, c10::IntArrayRef axes, int64_t channel_dim) {
+  return run_backward(dy, x, weight, {}, {}, mask, mean, mean, {}, p, q, r, axes, channel_dim, true, 1, false, Do::apply)
+      .dx;
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+using Standardize = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&,
+    c10::IntArrayRef, int64_t, bool, double, bool);
+using StandardizeBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, const Tensor&,
+    const Maybe&, c10::IntArrayRef, int64_t, bool, double, bool);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+struct Node : torch::autograd::Function<Node> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
+      const Maybe& floor, const Maybe& mask, const Maybe& mean, const Maybe& var, c10::IntArrayRef axes,
+      int64_t channel_dim, bool centred, double eps, bool constant) {
+    static const auto op = find<Standardize>("normzoo::standardize");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, means, vars, number] = op.call(x, weight, bias, floor, mask, mean, var, axes, channel_dim, centred, eps,
+                                            constant);
+    const bool known = mean && mean->defined();
+    const auto plain = [](const Maybe& t) { return t ? *t : Tensor(); };
+    // the values of bias and floor are needed only where the floor decides what passes
+    ctx->save_for_backward({x, plain(weight), plain(bias), plain(floor), plain(mask), known ? *mean : means,
+                            known ? *var : vars, number});
+    ctx->saved_data["options"] = c10::IValue(std::make_tuple(axes.vec(), channel_dim, centred, eps, constant));
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({means, vars, number});
+    return {y, means, vars, number};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    torch::autograd::variable_list out(12);
+    if (!grads[0].defined()) return out;
+    static const auto op = find<StandardizeBackward>("normzoo::standardize_backward");
+    const auto saved = ctx->get_saved_variables();
+    const auto options = ctx->saved_data["options"].toTupleRef().elements();
+    const auto axes = options[0].toIntVector();
+    const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
+    const auto call = [&] {
+      auto [dx, dweight, dbias, dfloor] =
+          op.call(grads[0], saved[0], maybe(saved[1]), maybe(saved[2]), maybe(saved[3]), maybe(saved[4]), saved[5],
+                  saved[6], maybe(saved[7]), axes, options[1].toInt(), options[2].toBool(), options[3].toDouble(),
+                  options[4].toBool());
+      out[0] = dx;
+      if (saved[1].defined()) out[1] = dweight;
+      if (saved[2].defined()) out[2] = dbias;
+      if (saved[3].defined()) out[3] = dfloor;
+    };
+    if (at::GradMode::is_enabled()) {
+      call();  // its own gradient is that of the formula
+    } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      call();
+    }
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_autograd(
+    const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask, const Maybe& mean,
+    const Maybe& var, c10::IntArrayRef axes, int64_t channel_dim, bool centred, double eps, bool constant) {
+  auto out = Node::apply(x, weight, bias, floor, mask, mean, var, axes, channel_dim, centred, eps, constant);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(normzoo, m) {
+  m.def(
+      "standardize(Tensor x, Tensor? weight, Tensor? bias, Tensor? floor, Tensor? mask, Tensor? mean, Tensor? var, "
+      "int[] axes, int channel_dim, bool centred, float eps, bool constant) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "standardize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? floor, Tensor? mask, "
+      "Tensor mean, Tensor var, Tensor? number, int[] axes, int channel_dim, bool centred, float eps, bool constant) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "moments(Tensor x, Tensor? mask, int[] axes, int channel_dim, bool centred, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rescale(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, Tensor? mask, "
+      "int[] axes, int channel_dim) -> Tensor");
+  m.def(
+      "gradient_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor mean, Tensor var, int[] axes, "
+      "int channel_dim, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gradient(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor mean, Tensor p, Tensor q, Tensor r, "
+      "int[] axes, int channel_dim) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(normzoo, CPU, m) {
+  m.impl("standardize", &standardize);
+  m.impl("standardize_backward", &standardize_backward);
+  m.impl("moments", &moments);
+  m.impl("rescale", &rescale);
+  m.impl("gradient_sums", &gradient_sums);
+  m.impl("gradient", &gradient);
+}
+
+TORCH_LIBRARY_IMPL(normzoo, Autograd, m) { m.impl("standardize", &standardize_autograd); }
+
+}  // namespace normzoo

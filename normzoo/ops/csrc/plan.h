@@ -1,0 +1,160 @@
+// From a pattern and a shape to loops: which runs of memory share a statistic, and which channel each belongs to.
+#pragma once
+
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace normzoo {
+
+// One factor of an axis, in the order of the memory.
+struct Axis {
+  int64_t size;
+  bool kept;        // statistics differ along it
+  int64_t channel;  // stride in the channels, 0 for samples and positions
+  int64_t mask;     // stride in the mask, 0 for channels
+};
+
+// Where the runs along some axes begin: in memory, among the channels and in the mask.
+struct Starts {
+  std::vector<int64_t> memory{0}, channel{0}, mask{0};
+
+  int64_t size() const { return (int64_t)memory.size(); }
+
+  void cross(const Axis& axis, int64_t stride) {
+    const auto before = *this;
+    const size_t n = before.memory.size() * axis.size;
+    for (auto* list : {&memory, &channel, &mask}) {
+      list->clear();
+      list->reserve(n);
+    }
+    for (size_t i = 0; i < before.memory.size(); ++i)
+      for (int64_t j = 0; j < axis.size; ++j) {
+        memory.push_back(before.memory[i] + j * stride);
+        channel.push_back(before.channel[i] + j * axis.channel);
+        mask.push_back(before.mask[i] + j * axis.mask);
+      }
+  }
+};
+
+constexpr int64_t kLongRun = 512;
+
+enum class Family {
+  runs,     // the innermost run is reduced, and lies in one channel: images, statistics over positions
+  rows,     // a run of channels is reduced by itself: tokens, each position alone
+  columns,  // the innermost run is kept, or it is all channels and several of it are reduced together
+};
+
+struct Plan {
+  Family family = Family::runs;
+  bool across = false;  // the innermost run crosses the channels; otherwise it lies in one
+  int64_t width = 1;    // length of the innermost run
+  int64_t channels = 1;
+  int64_t repeat = 1;            // columns across channels: positions in one run, which are reduced together
+  int64_t groups = 1;            // rows, columns: statistics in one run
+  std::vector<int32_t> group;    // columns across channels: the statistic of each channel
+  Starts kept, reduced;          // the other axes
+  int64_t count = 1;             // elements of one statistic
+  std::vector<int64_t> shape;    // of the statistics, in the order of the memory
+
+  int64_t statistics() const { return kept.size() * (family == Family::runs ? 1 : groups); }
+};
+
+// spec: numbers of factors of samples, channels and positions, then for each its size (-1: what is left) and whether it
+// is kept. channels_last speaks of the memory.
+inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, int64_t positions, bool channels_last,
+                      bool masked) {
+  std::vector<Axis> parts[3];
+  const int64_t totals[3] = {samples, channels, positions};
+  size_t at = 3;
+  for (int which = 0; which < 3; ++which) {
+    int64_t known = 1;
+    for (int64_t i = 0; i < spec[which]; ++i) {
+      const int64_t size = spec[at + 2 * i];
+      if (size > 0) known *= size;
+    }
+    TORCH_CHECK(known > 0 && totals[which] % known == 0, "the pattern's factors do not divide an axis of size ",
+                totals[which]);
+    int64_t stride = totals[which];
+    for (int64_t i = 0; i < spec[which]; ++i, at += 2) {
+      const int64_t size = spec[at] > 0 ? spec[at] : totals[which] / known;
+      stride /= std::max<int64_t>(size, 1);
+      Axis axis{size, spec[at + 1] != 0, 0, 0};
+      if (which == 1) axis.channel = stride;
+      if (which == 0) axis.mask = stride * positions;
+      if (which == 2) axis.mask = stride;
+      parts[which].push_back(axis);
+    }
+  }
+
+  Plan plan;
+  plan.channels = channels;
+  std::vector<Axis> axes;
+  for (int which : {0, channels_last ? 2 : 1, channels_last ? 1 : 2})
+    for (const auto& axis : parts[which]) {
+      if (axis.kept) plan.shape.push_back(axis.size);
+      if (!axis.kept) plan.count *= axis.size;
+      if (axis.size == 1) continue;
+      if (!axes.empty()) {  // two axes that are one to the loops
+        auto& outer = axes.back();
+        if (outer.kept == axis.kept && outer.channel == axis.channel * axis.size &&
+            outer.mask == axis.mask * axis.size) {
+          outer = {outer.size * axis.size, axis.kept, axis.channel, axis.mask};
+          continue;
+        }
+      }
+      axes.push_back(axis);
+    }
+
+  // the innermost run: one axis, or all channels
+  size_t inner = axes.size();
+  plan.across = !axes.empty() && axes.back().channel > 0;
+  bool any_kept = false, any_reduced = false;
+  while (inner > 0 && (plan.across ? axes[inner - 1].channel > 0 : inner == axes.size())) {
+    --inner;
+    plan.width *= axes[inner].size;
+    (axes[inner].kept ? any_kept : any_reduced) = true;
+  }
+  // few channels: several positions that are reduced together make one longer run
+  if (plan.across && inner > 0 && !axes[inner - 1].kept && !masked) {
+    auto& positions_left = axes[inner - 1].size;
+    int64_t many = std::max<int64_t>(1, kLongRun / plan.width);
+    while (positions_left % many) --many;
+    positions_left /= many;
+    plan.width *= many;
+    plan.repeat = many;
+  }
+  int64_t stride = plan.width;
+  std::vector<int64_t> strides(inner);
+  for (size_t i = inner; i-- > 0; stride *= axes[i].size) strides[i] = stride;
+  for (size_t i = 0; i < inner; ++i) (axes[i].kept ? plan.kept : plan.reduced).cross(axes[i], strides[i]);
+
+  if (!plan.across && !any_kept) return plan;
+  plan.groups = 1;
+  for (size_t i = inner; i < axes.size(); ++i)
+    if (axes[i].kept) plan.groups *= axes[i].size;
+  const size_t factors = axes.size() - inner;
+  const bool blocks = any_reduced && (factors == 1 || (factors == 2 && axes[inner].kept));
+  if (plan.across && plan.reduced.size() == 1 && plan.repeat == 1 && blocks) {
+    plan.family = Family::rows;
+    return plan;
+  }
+  plan.family = Family::columns;
+  if (plan.across) {
+    plan.group.assign(channels, 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      int64_t rest = c, group = 0, scale = 1;
+      for (size_t i = axes.size(); i-- > inner; rest /= axes[i].size)
+        if (axes[i].kept) {
+          group += rest % axes[i].size * scale;
+          scale *= axes[i].size;
+        }
+      plan.group[c] = (int32_t)group;
+    }
+  }
+  return plan;
+}
+
+}  // namespace normzoo

@@ -1,0 +1,150 @@
+// Sixteen floats at a time, in the vector types of GCC and Clang: one source for AVX-512, AVX2 and NEON.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace normzoo {
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef uint8_t vb __attribute__((vector_size(16)));
+
+constexpr int64_t kLanes = 16;
+
+#define NORMZOO_INLINE inline __attribute__((always_inline))
+
+// How much of a vector is meant: all of it, or the first lanes of it.
+struct Full {};
+struct Tail {
+  int64_t lanes;
+};
+
+NORMZOO_INLINE vf splat(float x) { return x - vf{}; }
+
+// Zero in the lanes that are not meant.
+NORMZOO_INLINE vf only(vf v, Full) { return v; }
+NORMZOO_INLINE vf only(vf v, Tail part) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vf)((vi)v & (lane < (int32_t)part.lanes));
+}
+
+template <class V, class T>
+NORMZOO_INLINE V read(const T* p, Full) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+NORMZOO_INLINE V read(const T* p, Tail part) {
+  V v{};
+  std::memcpy(&v, p, part.lanes * sizeof(T));
+  return v;
+}
+template <class V, class T>
+NORMZOO_INLINE void write(T* p, V v, Full) {
+  std::memcpy(p, &v, sizeof(V));
+}
+template <class V, class T>
+NORMZOO_INLINE void write(T* p, V v, Tail part) {
+  std::memcpy(p, &v, part.lanes * sizeof(T));
+}
+
+template <class Part>
+NORMZOO_INLINE vf load(const float* p, Part part) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<Part, Tail>) return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << part.lanes) - 1), p);
+#endif
+  return read<vf>(p, part);
+}
+template <class Part>
+NORMZOO_INLINE void store(float* p, vf v, Part part) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<Part, Tail>) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << part.lanes) - 1), (__m512)v);
+    return;
+  }
+#endif
+  write(p, v, part);
+}
+
+template <class Part>
+NORMZOO_INLINE vf load(const c10::BFloat16* p, Part part) {
+  return (vf)(__builtin_convertvector(read<vh>(p, part), vu) << 16);
+}
+template <class Part>
+NORMZOO_INLINE void store(c10::BFloat16* p, vf v, Part part) {
+#ifdef __AVX512BF16__
+  write(p, (vh)_mm512_cvtneps_pbh((__m512)v), part);
+#else
+  const vu bits = (vu)v;
+  const vu nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+  const vu nan = (bits >> 16) | 0x40;
+  write(p, __builtin_convertvector((vu)(v != v ? (vi)nan : (vi)nearest), vh), part);
+#endif
+}
+
+template <class Part>
+NORMZOO_INLINE vf load(const c10::Half* p, Part part) {
+  const vh half = read<vh>(p, part);
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps((__m256i)half);
+#else
+  vf v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = c10::detail::fp16_ieee_to_fp32_value(half[i]);
+  return v;
+#endif
+}
+template <class Part>
+NORMZOO_INLINE void store(c10::Half* p, vf v, Part part) {
+#if defined(__AVX512F__)
+  write(p, (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part);
+#else
+  vh half;
+  for (int64_t i = 0; i < kLanes; ++i) half[i] = c10::detail::fp16_ieee_from_fp32_value(v[i]);
+  write(p, half, part);
+#endif
+}
+
+// Zero where the mask is false.
+template <class Part>
+NORMZOO_INLINE vf where(const uint8_t* mask, vf v, Part part) {
+  return (vf)((vi)v & (__builtin_convertvector(read<vb>(mask, part), vi) != 0));
+}
+
+NORMZOO_INLINE float sum(vf v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 q[4];
+  std::memcpy(q, &v, sizeof(v));
+  const v4 s = (q[0] + q[1]) + (q[2] + q[3]);
+  return (s[0] + s[1]) + (s[2] + s[3]);
+#endif
+}
+
+// Call f(i, j, part) for every vector of n elements: i is its first element, j < 4 names an accumulator.
+template <class F>
+NORMZOO_INLINE void vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    f(i, 0, Full{});
+    f(i + kLanes, 1, Full{});
+    f(i + 2 * kLanes, 2, Full{});
+    f(i + 3 * kLanes, 3, Full{});
+  }
+  for (; i + kLanes <= n; i += kLanes) f(i, 0, Full{});
+  if (i < n) f(i, 0, Tail{n - i});
+}
+
+}  // namespace normzoo

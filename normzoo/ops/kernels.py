@@ -1,0 +1,176 @@
+"""The compiled CPU kernels: built once with the machine's own compiler, then loaded from the cache.
+
+They are built on first use, which takes about half a minute and says so. Where there is no compiler everything works
+without them, on torch's kernels and on the formulas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from normzoo.errors import NormzooError
+from normzoo.ops import memory
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_NAME = "normzoo_cpu"
+_loaded: bool | None = None  # None until somebody asked
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the compiled kernels stand.
+
+    Attributes:
+        state: ``"ready"`` (built for this machine), ``"not built"`` (they will be on first use), ``"unavailable"``
+            (no compiler, or it failed) or ``"off"``.
+        reason: why, in words.
+        path: where the library is, or would be.
+        compiler: the C++ compiler, if there is one.
+    """
+
+    state: Literal["ready", "not built", "unavailable", "off"]
+    reason: str
+    path: Path
+    compiler: str | None
+
+
+def status() -> Status:
+    """How the kernels stand on this machine; builds nothing."""
+    path, compiler = library(), _compiler()
+    if os.environ.get("NORMZOO_KERNELS") == "0":
+        return Status("off", "NORMZOO_KERNELS=0 is set", path, compiler)
+    if path.exists():
+        return Status("ready", "built for this processor, compiler flags and torch", path, compiler)
+    if compiler is None:
+        return Status("unavailable", "no C++ compiler was found: install g++ or clang++, or set CXX", path, None)
+    if (failed := _failure(path)).exists():
+        return Status(
+            "unavailable", f"the last build failed, see {failed}; try again with: normzoo kernels build", path, compiler
+        )
+    return Status("not built", "they are built on first use, or by: normzoo kernels build", path, compiler)
+
+
+def load() -> bool:
+    """Have the kernels at hand, building them if need be; ``False`` where that cannot be, see :func:`status`."""
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+def _load() -> bool:
+    now = status()
+    if now.state == "not built":
+        print(
+            "normzoo: compiling its CPU kernels, once, about half a minute (NORMZOO_KERNELS=0 does without)",
+            file=sys.stderr,
+        )
+        try:
+            build()
+        except NormzooError as error:
+            print(f"normzoo: goes on without its CPU kernels; {error}", file=sys.stderr)
+            return False
+    elif now.state != "ready":
+        return False
+    memory.start()
+    torch.ops.load_library(str(now.path))
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler for it.
+load._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def build() -> Path:
+    """Compile the kernels for this machine and keep them in the cache.
+
+    Processes that build at the same time do not wait for each other: the last one to finish replaces its equal.
+
+    Raises:
+        NormzooError: without a compiler, or with its output when it fails.
+    """
+    path = library()
+    if _compiler() is None:
+        raise NormzooError("no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        script = (
+            "import sys; from torch.utils.cpp_extension import load; "
+            f"load({_NAME!r}, sys.argv[2:], extra_cflags={list(FLAGS)!r}, build_directory=sys.argv[1], "
+            "is_python_module=False, verbose=True)"
+        )
+        # a process of its own: the loader reads the environment and speaks on standard output
+        done = subprocess.run(
+            [sys.executable, "-c", script, folder, *_sources()],
+            check=False,
+            env=os.environ | {"PATH": _with_ninja(os.environ.get("PATH", ""))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            _failure(path).write_text(done.stdout)
+            raise NormzooError(f"the C++ compiler failed on the CPU kernels; its output is in {_failure(path)}")
+        os.replace(Path(folder) / f"{_NAME}.so", path)
+    with suppress(FileNotFoundError):
+        _failure(path).unlink()
+    return path
+
+
+def library() -> Path:
+    """Where the library is kept: a folder for each version of sources, flags, torch and processor."""
+    home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions"
+    )
+    return Path(home) / "normzoo" / _key() / f"{_NAME}.so"
+
+
+@cache
+def _key() -> str:
+    digest = hashlib.sha256(repr((FLAGS, torch.__version__, _processor())).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on, so that machines which share a home do not share a library."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _sources() -> list[str]:
+    return [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+def _failure(path: Path) -> Path:
+    return path.with_name("build.log")
+
+
+def _with_ninja(path: str) -> str:
+    """The PATH with the folder of this environment's ninja, which need not be activated."""
+    import ninja
+
+    return os.pathsep.join([ninja.BIN_DIR, path])
