@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from normzoo.errors import NormzooError
-from normzoo.layers.base import parameter_roles, world_size
+from normzoo.layers.base import MomentNorm, parameter_roles, world_size
+from normzoo.layers.batch import BatchNorm
+from normzoo.layers.none import NoNorm
+from normzoo.layers.sample import LayerNorm, RMSNorm
 from normzoo.models.base import Inputs, Network, NormChoice, Sites, one_of, register_model, whole_number
 from normzoo.models.dropout import Dropout
+from normzoo.ops.recurrence import CellNorm, Kind, recurrence, usable
 
 State = tuple[Tensor, ...]
 Normalize = Callable[[str, Tensor], Tensor]
@@ -145,6 +150,10 @@ class TanhCell(Cell):
 
 CELLS: dict[str, type[Cell]] = {"gru": GRUCell, "lstm": LSTMCell, "tanh": TanhCell}
 
+_CELL_NAMES = {cell: name for name, cell in CELLS.items()}
+_KINDS: dict[type[nn.Module], Kind] = {NoNorm: "none", LayerNorm: "layer", RMSNorm: "rms", BatchNorm: "batch"}
+"""The norms that a whole recurrence can have as one operation."""
+
 
 # ---- norms in time ---------------------------------------------------------------------------------------------------
 
@@ -203,12 +212,77 @@ class PerStep(nn.Module):
         finally:
             norm.train()
 
+    def kind(self, samples: int) -> Kind | None:
+        """What this norm is to an operation over all steps; ``None`` where it takes one step at a time."""
+        norms = self._norms()
+        first = norms[0]
+        kind = _KINDS.get(type(first))
+        if kind is None or _watched(self) or any(_watched(norm) for norm in norms):
+            return None
+        if kind == "none":
+            return kind
+        settings = _settings(first)
+        if any(type(norm) is not type(first) or _settings(norm) != settings for norm in norms):
+            return None
+        if first.training != self.training:
+            return None
+        if first.evaluates:
+            return "running"
+        averages = first.sync or (first.track_running_stats and first.momentum is None)
+        alone = (samples if kind == "batch" else first.num_features) < 2  # what centred norms refuse
+        return None if averages or (alone and first.centred) else kind
+
+    def whole(self, kind: Kind, last: int) -> CellNorm:
+        """This norm for all steps at once, with the statistics of the steps up to ``last``."""
+        if kind == "none":
+            return CellNorm()
+        first = self._norms()[0]
+        running = torch.cat(self._statistics(last)).view(last + 1, 2, -1) if first.track_running_stats else None
+        momentum = first.momentum if first.counts and first.momentum is not None else 0.0
+        return CellNorm(kind, first.eps, first.weight, first.bias, running, momentum)
+
+    @torch.no_grad()
+    def count(self, moved: Tensor, last: int, steps: Iterable[int]) -> None:
+        """Take in what the running statistics became, over these steps."""
+        norms = self._norms()[: last + 1]
+        if not norms[0].counts:
+            return
+        times = [0] * len(norms)
+        for t in steps:
+            times[min(t, last)] += 1
+        counters = [norm._buffers["num_batches_tracked"] for norm in norms]
+        torch.ops.normzoo.recurrence_count(self._statistics(last), counters, moved, times)
+
+    def _norms(self) -> list[MomentNorm]:
+        return list(self.steps._modules.values())  # pyright: ignore[reportReturnType]
+
+    def _statistics(self, last: int) -> list[Tensor]:
+        # the attribute of a module is ten times as slow to get as its entry, and there are hundreds
+        names = ("running_mean", "running_var")
+        return [norm._buffers[name] for norm in self._norms()[: last + 1] for name in names]  # pyright: ignore[reportReturnType]
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether hooks wait for calls of a module."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def _settings(norm: MomentNorm) -> tuple[object, ...]:
+    """All that can differ between the copies of a norm for each step, but for its statistics."""
+    affine = map(id, norm._parameters.values())
+    return norm.training, norm.hold, norm.eps, norm.momentum, norm.sync, norm.track_running_stats, *affine
+
 
 Placement = Literal["inside", "between"]
 
 
 class RecurrentLayer(nn.Module):
     """A cell over time, and its norms.
+
+    Without norms inside, or with batch, layer or RMS norm, it is one operation over the whole sequence
+    (:func:`normzoo.ops.recurrence.recurrence`): in float32 on a CPU, as long as no hook waits for a norm or the cell.
+    Otherwise, and with ``normzoo.ops.backend("reference")``, it is a loop over the steps with the same result.
 
     Args:
         cell: the step.
@@ -249,13 +323,52 @@ class RecurrentLayer(nn.Module):
             mask: ``(N, T)``.
             counts: number of sequences that are real at each step, or ``None`` when all of them are.
         """
-        wx = x @ self.cell.weight_ih.T
         if self.between is not None:
-            wx = self.between(wx, mask)
-        steps = wx.shape[1]
-        enough = min(2, len(wx))  # sequences that a batch statistic needs; a batch of one is the norm's own affair
-        learned = steps if counts is None else max((t + 1 for t in range(steps) if counts[t] >= enough), default=1)
-        last = {point: norm.last(learned) for point, norm in self.norms.items()}  # pyright: ignore[reportCallIssue]
+            x = self.between(x @ self.cell.weight_ih.T, mask)
+        steps = x.shape[1]
+        enough = min(2, len(x))  # sequences that a batch statistic needs; a batch of one is the norm's own affair
+        reached = [t for t in range(steps) if counts is None or counts[t] >= enough]
+        learned = max(reached, default=0) + 1
+        last = {point: norm.last(learned) for point, norm in self._norms()}
+        kinds = self.kinds(x, mask, counts)
+        if kinds is None:
+            return self.step_by_step(x, mask, counts, last)
+        cell = self.cell
+        out, moved = recurrence(
+            _CELL_NAMES[type(cell)],
+            x,
+            None if self.between is not None else cell.weight_ih,
+            cell.weight_hh,
+            cell.bias_ih,
+            cell.bias_hh,
+            {point: norm.whole(kinds[point], last[point]) for point, norm in self._norms()},
+            mask,
+        )
+        for point, norm in self._norms():
+            if point in moved:
+                norm.count(moved[point], last[point], reached)
+        return out
+
+    def kinds(self, x: Tensor, mask: Tensor | None, counts: list[int] | None) -> dict[str, Kind] | None:
+        """What each norm is to the operation over the whole sequence; ``None`` to go step by step."""
+        first = [norm.steps[0] for _, norm in self._norms()]
+        floats = [t for norm in first for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()]
+        tensors = [x, *self.cell.parameters(), *floats]
+        watched = _watched(self.cell) or _has_any_global_hook()
+        if type(self.cell) not in _CELL_NAMES or watched or x.numel() == 0 or not usable(tensors):
+            return None
+        kinds: dict[str, Kind] = {}
+        for point, norm in self._norms():
+            kind = norm.kind(len(x))
+            if kind is None or (kind == "batch" and mask is not None and counts is None):
+                return None
+            kinds[point] = kind
+        return kinds
+
+    def step_by_step(self, x: Tensor, mask: Tensor | None, counts: list[int] | None, last: Mapping[str, int]) -> Tensor:
+        """The recurrence as a loop, for any norm."""
+        wx = x if self.between is not None else x @ self.cell.weight_ih.T
+        enough = min(2, len(wx))
         state = self.cell.start(wx)
         outputs = []
         for t, wx_t in enumerate(wx.unbind(1)):
@@ -275,6 +388,9 @@ class RecurrentLayer(nn.Module):
             state = new
             outputs.append(state[0])
         return torch.stack(outputs, 1)
+
+    def _norms(self) -> list[tuple[str, PerStep]]:
+        return list(self.norms.items())  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

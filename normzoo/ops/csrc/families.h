@@ -243,7 +243,7 @@ struct RunsForward {
   }
 };
 
-template <class T, bool kMask, bool kFloor>
+template <class T, bool kMask, bool kLimited>
 struct RunsBackward {
   const Plan& plan;
   const Backward<T>& args;
@@ -262,7 +262,7 @@ struct RunsBackward {
   NORMZOO_INLINE vf gradient(const T* dy, const uint8_t* mask, vf off, vf scale, vf bias, vf floor, Part whole) const {
     vf g = load(dy, whole);
     if constexpr (kMask) g = where(mask, g, whole);
-    if constexpr (kFloor) g = off * scale + bias < floor ? vf{} : g;
+    if constexpr (kLimited) g = off * scale + bias < floor ? vf{} : g;
     return g;
   }
 
@@ -278,7 +278,7 @@ struct RunsBackward {
       const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
       const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
       const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
-      const vf floor = splat(kFloor ? args.floor[c] : 0);
+      const vf floor = splat(kLimited ? args.floor[c] : 0);
       for (int64_t start = 0; start < plan.width; start += kBlock) {
         const int64_t n = std::min(kBlock, plan.width - start);
         const T *x = args.x + at + start, *dy = args.dy + at + start;
@@ -287,7 +287,7 @@ struct RunsBackward {
           const vf g = gradient(dy + i, kMask ? mask + start + i : nullptr, off, scale, bias, floor, whole);
           sums.a[j] += g;
           sums.b[j] += kMask ? (vf)((vi)(g * off) & (g != 0)) : g * off;
-          if constexpr (kFloor) {
+          if constexpr (kLimited) {
             vf whole_g = load(dy + i, whole);
             if constexpr (kMask) whole_g = where(mask + start + i, whole_g, whole);
             below += whole_g - g;
@@ -309,7 +309,7 @@ struct RunsBackward {
       part.s1 += s1 * args.weight[c];
       part.s2 += s2 * args.weight[c];
       s1 = s2 = 0;
-      if constexpr (kFloor) dfloor[c] += sum(below), below = vf{};
+      if constexpr (kLimited) dfloor[c] += sum(below), below = vf{};
     }
   }
 
@@ -330,7 +330,7 @@ struct RunsBackward {
       const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
       const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
       const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
-      const vf p = splat(part.p * args.weight[c]), floor = splat(kFloor ? args.floor[c] : 0);
+      const vf p = splat(part.p * args.weight[c]), floor = splat(kLimited ? args.floor[c] : 0);
       const T *x = args.x + at, *dy = args.dy + at;
       const Out<T> out(args.dx + at, args.stream);
       vectors(plan.width, [&](int64_t i, int, auto whole) {
@@ -927,21 +927,43 @@ void forward(const Plan& plan, const Forward<T>& args) {
   }
 }
 
-template <class T, bool kMask, bool kFloor>
+template <class T, bool kMask, bool kLimited>
 void backward(const Plan& plan, const Backward<T>& args) {
   const int64_t elements = plan.count * plan.statistics();
   if (plan.family == Family::rows) {
     rows_backward(plan, args);
   } else if (plan.family == Family::runs) {
-    RunsBackward<T, kMask, kFloor> work{plan, args};
+    RunsBackward<T, kMask, kLimited> work{plan, args};
     drive(work, plan.kept.size(), plan.reduced.size(), elements, args.what);
   } else if (plan.across) {
-    ColumnsBackward<T, true, kMask, kFloor> work(plan, args);
+    ColumnsBackward<T, true, kMask, kLimited> work(plan, args);
     drive(work, work.tasks(), plan.reduced.size(), elements, args.what);
   } else {
     ColumnsBackward<T, false, kMask, false> work(plan, args);
     drive(work, work.tasks(), plan.reduced.size(), elements, args.what);
   }
 }
+
+template <class T>
+void forward(const Plan& plan, const Forward<T>& args) {
+  args.mask ? forward<T, true>(plan, args) : forward<T, false>(plan, args);
+}
+
+template <class T>
+void backward(const Plan& plan, const Backward<T>& args) {
+  if (args.floor)
+    args.mask ? backward<T, true, true>(plan, args) : backward<T, false, true>(plan, args);
+  else
+    args.mask ? backward<T, true, false>(plan, args) : backward<T, false, false>(plan, args);
+}
+
+// Each type is compiled in a file of its own, which takes several cores less time.
+#define NORMZOO_FAMILIES(EXTERN, T)                                   \
+  EXTERN template void forward<T>(const Plan&, const Forward<T>&);   \
+  EXTERN template void backward<T>(const Plan&, const Backward<T>&);
+
+NORMZOO_FAMILIES(extern, float)
+NORMZOO_FAMILIES(extern, c10::BFloat16)
+NORMZOO_FAMILIES(extern, c10::Half)
 
 }  // namespace normzoo

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(
         means.mutable_data_ptr<float>(), vars.mutable_data_ptr<float>(),
         number.numel() ? number.mutable_data_ptr<float>() : nullptr, data_or_null(scale, held_scale),
         data_or_null(shift, held_shift), known, centred, statistics_alone ? Do::sums : Do::all, eps, streams(x)};
-    masked ? forward<T, true>(plan, args) : forward<T, false>(plan, args);
+    forward(plan, args);
   });
   return {y, means, vars, number};
 }
@@ -199,10 +199,7 @@ Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& wei
         what == Do::sums ? out.product.mutable_data_ptr<float>() : nullptr,
         data_or_null(p, held[5]), data_or_null(q, held[6]), data_or_null(r, held[7]), constant, centred, what, eps,
         streams(x), &shares};
-    if (limit)
-      masked ? backward<T, true, true>(plan, args) : backward<T, false, true>(plan, args);
-    else
-      masked ? backward<T, true, false>(plan, args) : backward<T, false, false>(plan, args);
+    backward(plan, args);
   });
   if (!shared) return out;
   shares.merge();

@@ -1,0 +1,5 @@
+#include "families.h"
+
+namespace normzoo {
+NORMZOO_FAMILIES(, c10::BFloat16)
+}
