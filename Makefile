@@ -8,12 +8,13 @@ RUNS ?= runs
 WORKERS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-all docs lint format readme clean
+.PHONY: help demo test check-all bench docs lint format readme clean
 
 help:
 	@echo "make demo     install, compare norms on a CNN, an RNN and a Transformer, print and write the report"
 	@echo "make test     install, then lint, types, import rules and tests"
 	@echo "make check-all  run every check on every norm and keep the results for the documentation"
+	@echo "make bench    measure what the documentation says of speed (about five minutes, on a quiet machine)"
 	@echo "make docs     build the documentation: docs/_build/html/index.html"
 	@echo "make readme   write the README's table of norms from the registry"
 	@echo "make format   let ruff format the code and mend what it can"
@@ -57,6 +58,9 @@ docs: $(VENV)/.installed-docs
 
 check-all: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python docs/check_all.py
+
+bench: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/normzoo bench --suite --out docs/speed.json
 
 readme: $(VENV)/.installed
 	$(BIN)/python docs/readme.py

@@ -1,9 +1,10 @@
 """What the framework adds: a training step against a bare PyTorch loop, a cell's start against importing Lightning.
 
 Run it with `python experiments/overhead.py`. Everything is measured interleaved, in CPU seconds of one thread where
-that is possible, and printed as ratios.
+that is possible, and printed as ratios. With `--json` it is the steps alone, for `normzoo bench --suite`.
 """
 
+import json
 import logging
 import statistics
 import subprocess
@@ -11,15 +12,22 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
 
 import normzoo as nz
+from normzoo.ops import memory
+from normzoo.study.cell import JsonLines, Watch
 from normzoo.tasks import Setting, build, resolve
 from normzoo.tasks.optim import configure
+
+TASKS = (("digits/cnn", {"convs": (64, 112, 112)}), ("digits/cnn", {}))
+"""A step of about 10 ms, and one of half as much."""
 
 
 class Clock(pl.Callback):
@@ -51,28 +59,30 @@ def bare(task: str, setting: Setting) -> float:
 
 
 def task_step(task: str, setting: Setting) -> float:
-    """Seconds of a step of the task in a Lightning Trainer, logging included."""
+    """Seconds of a step of the task in a Lightning Trainer, as a cell of a study runs and logs it."""
     module, data = build(task, "batch_norm", setting)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        logger = CSVLogger(folder)
-        arguments = setting.trainer_arguments(lean=True) | {"logger": logger, "callbacks": [clock]}
-        pl.Trainer(**arguments, limit_val_batches=0).fit(module, data)
+        logger = JsonLines(Path(folder) / "metrics.jsonl")
+        arguments = setting.trainer_arguments(lean=True) | {"logger": logger, "callbacks": [clock, Watch("cpu", 1)]}
+        pl.Trainer(**arguments, accelerator="cpu", limit_val_batches=0).fit(module, data)
     return clock.seconds / (setting.epochs * len(data.train_dataloader()))
 
 
-def step_overhead(rounds: int = 7) -> None:
-    """Print the cost of a step, ours over the bare loop's."""
+def step_overhead(rounds: int = 15) -> Iterator[dict[str, Any]]:
+    """The cost of a step, ours and the bare loop's: medians in seconds, and the median of the rounds' ratios."""
     torch.set_num_threads(1)
-    for task, overrides in (("digits/cnn", {"convs": (48, 96, 96)}), ("digits/cnn", {})):
+    memory.start()
+    for task, overrides in TASKS:
         setting = resolve(task, overrides | {"epochs": 2})
-        pairs = [(bare(task, setting), task_step(task, setting)) for _ in range(rounds + 1)][1:]
+        pairs = []
+        for number in range(rounds + 1):  # whoever is first alternates; the first round warms up
+            one, own = (bare(task, setting), 0.0) if number % 2 else (0.0, task_step(task, setting))
+            pairs.append((one or bare(task, setting), own or task_step(task, setting)))
+        pairs = pairs[1:]
         plain, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
-        best = min(own for _, own in pairs) / min(one for one, _ in pairs)
-        print(
-            f"training step of {task} {overrides or ''}: bare {plain * 1e3:.2f} ms, task {ours * 1e3:.2f} ms, "
-            f"ratio of medians {ours / plain:.2f}, of minima {best:.2f}"
-        )
+        name = f"{task} {', '.join(f'{key}={value}' for key, value in overrides.items())}".strip()
+        yield {"task": name, "bare": plain, "ours": ours, "ratio": statistics.median(own / one for one, own in pairs)}
 
 
 def cell_start(cells: int = 20) -> None:
@@ -97,6 +107,14 @@ def cell_start(cells: int = 20) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    step_overhead()
-    cell_start()
+    for _name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(_name).setLevel(logging.ERROR)
+    if "--json" in sys.argv[1:]:
+        print(json.dumps(list(step_overhead())))
+    else:
+        for step in step_overhead():
+            print(
+                f"training step of {step['task']}: bare {step['bare'] * 1e3:.2f} ms, task {step['ours'] * 1e3:.2f} ms, "
+                f"ratio {step['ratio']:.2f}"
+            )
+        cell_start()

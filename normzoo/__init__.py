@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from normzoo.layers.base import hold_statistics as hold_statistics
     from normzoo.layers.base import parameter_roles as parameter_roles
     from normzoo.layers.conditional import condition as condition
+    from normzoo.ops.memory import keep_pages as keep_pages
     from normzoo.registry import create as create
     from normzoo.registry import info as info
     from normzoo.registry import list_norms as list_norms
@@ -44,6 +45,7 @@ _HOME = {
     "hold_statistics": "layers.base",
     "parameter_roles": "layers.base",
     "condition": "layers.conditional",
+    "keep_pages": "ops.memory",
     "create": "registry",
     "info": "registry",
     "list_norms": "registry",

@@ -171,6 +171,148 @@ def check(
 
 
 @app.command
+def bench(
+    norms: list[str] | None = None,
+    /,
+    *,
+    shape: Many = None,
+    layout: Many = None,
+    dtype: Many = None,
+    device: str = "cpu",
+    direction: str = "both",
+    parameters: str = "",
+    masked: Annotated[bool, Parameter(negative=())] = False,
+    against: Many = None,
+    compile_: Annotated[bool, Parameter(name="--compile", negative=())] = False,
+    accuracy: Annotated[bool, Parameter(negative=())] = False,
+    model: str | None = None,
+    steps: int = 64,
+    batch: int = 64,
+    hidden: int = 128,
+    threads: int = 1,
+    rounds: int | None = None,
+    seconds: float = 3.0,
+    csv: Path | None = None,
+    plot: Path | None = None,
+    pages: Annotated[bool, Parameter(negative=())] = False,
+    suite: Annotated[bool, Parameter(negative=())] = False,
+    out: Path = Path("speed.json"),
+) -> int:
+    """Measure how fast norms are, beside torch's own layers, the plain formula and a mere copy of the tensor.
+
+    Everything runs interleaved in one process, round after round. On a CPU with one thread the time is CPU time, which
+    other processes disturb least. A backward pass is timed right after its forward pass, as in training, and includes
+    freeing what was saved. GB/s count what must be moved: 2 tensors forward, 3 backward, 5 both. The floor moves just
+    that, into buffers that are kept. Ratios are medians over the rounds, of each round's ratio.
+
+    Parameters
+    ----------
+    norms:
+        Names, with options if need be, 'module:Name' or 'path/file.py:Name'.
+    shape:
+        One or several, as '64,64,32,32'.
+    layout:
+        'channels-first' for (N, C, *S), 'channels-last' for the same in torch's memory format, 'tokens' for (N, *S, C).
+    dtype:
+        'float32', 'bfloat16', 'float16' or 'float64'; several for a table each.
+    device:
+        'cpu' or 'cuda'.
+    direction:
+        'forward', 'backward' or 'both', which shows all three.
+    parameters:
+        The dtype of gains and shifts; that of the input when left out.
+    masked:
+        Give our norms a mask that leaves about 70 % of the positions.
+    against:
+        What to compare with: 'torch.nn', 'formula', 'compile', 'liger', 'quack', or a backend of ours.
+    compile_:
+        Compare with torch.compile of torch's layer and of the formula too; each takes up to half a minute.
+    accuracy:
+        Show the errors against float64 in place of times.
+    model:
+        'lstm', 'gru' or 'rnn_tanh': measure a recurrent layer with the norms inside, against torch's without any.
+    steps:
+        Length of its sequences.
+    batch:
+        Number of its sequences.
+    hidden:
+        Number of its units, and of the features that come in.
+    threads:
+        Threads of torch; with more than one it is the clock on the wall that counts.
+    rounds:
+        How many; as many as fit into --seconds when left out.
+    seconds:
+        How long to measure each case, once everything is warm.
+    csv:
+        Write every row to this file.
+    plot:
+        Draw the achieved bandwidths under the machine's own into this file.
+    pages:
+        Show what it gains that a process keeps the memory of freed tensors.
+    suite:
+        Run the fixed list of cases behind the documentation, and write it to --out, whose neighbours are a CSV file
+        and the tables of the page.
+    out:
+        The suite's JSON file.
+    """
+    from normzoo.bench import Effort, Recurrent, command
+
+    if min(threads, steps, batch, hidden, 1 if rounds is None else rounds) < 1 or not seconds > 0:
+        raise NormzooError("--threads, --rounds, --seconds, --steps, --batch and --hidden must be positive")
+    effort = Effort(threads, rounds, seconds)
+    if (suite or pages) and norms:
+        raise NormzooError(f"{'--suite' if suite else '--pages'} measures a fixed list; leave {norms[0]!r} out")
+    if suite:
+        return command.run_suite_command(device, compile_, effort, out)
+    if pages:
+        return command.run_pages_command(rounds)
+    if not norms:
+        raise NormzooError("nothing to measure; name norms, `normzoo bench layer_norm rms_norm`, or give --suite")
+    if model is not None:
+        if shape or layout or masked or accuracy:
+            raise NormzooError("--model has --steps, --batch and --hidden in place of --shape, --layout and the like")
+        recurrent = [Recurrent(model, steps, batch, hidden, each, device) for each in dtype or ["float32"]]
+        return max(command.run_recurrent_command(each, norms, direction, effort, csv) for each in recurrent)
+    return command.run_bench_command(
+        norms,
+        shapes=shape or [],
+        layouts=layout or ["channels-first"],
+        dtypes=dtype or ["float32"],
+        device=device,
+        direction=direction,
+        parameters=parameters,
+        masked=masked,
+        against=against,
+        compiled=compile_,
+        effort=effort,
+        accuracy=accuracy,
+        csv=csv,
+        plot=plot,
+    )
+
+
+kernels = App(name="kernels", help="The compiled CPU kernels: build them, or see how they stand.")
+app.command(kernels)
+
+
+@kernels.command(name="build")
+def build_kernels() -> None:
+    """Compile the CPU kernels for this machine, which their first use does otherwise."""
+    from normzoo.ops import kernels
+
+    print(kernels.build())
+
+
+@kernels.command(name="status")
+def kernels_status() -> None:
+    """Say whether the CPU kernels are built for this machine, and if not, why."""
+    from normzoo.ops import kernels
+
+    status = kernels.status()
+    print(f"{status.state}: {status.reason}\nlibrary: {status.path}\ncompiler: {status.compiler or 'none'}")
+
+
+@app.command
 def run(
     study: Path | None = None,
     *,

@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("list", "show", "run", "report", "status", "sync"):
+    for verb in ("list", "show", "check", "bench", "kernels", "run", "report", "status", "sync"):
         assert verb in done.stdout
 
 
@@ -87,6 +87,19 @@ def test_show(capsys):
         (["run", "--norms", "batch_norm", "--models", "cnn", "--seeds", "0"], "at least one seed"),
         (["run", "study.py", "--seeds", "3"], "--seeds goes with"),
         (["run", "--norms", "instance_norm", "--data", "text", "--models", "transformer"], "predicts the next symbol"),
+        (["bench"], "normzoo bench layer_norm rms_norm"),
+        (["bench", "bach_norm"], "did you mean 'batch_norm'"),
+        (["bench", "group_norm(group=4)"], "did you mean 'groups'"),
+        (["bench", "layer_norm", "--shape", "64,"], "as in 64,64,32,32"),
+        (["bench", "layer_norm", "--layout", "channel-last"], "did you mean 'channels-last'"),
+        (["bench", "layer_norm", "--dtype", "bfloat61"], "did you mean 'bfloat16'"),
+        (["bench", "layer_norm", "--direction", "backwards"], "did you mean 'backward'"),
+        (["bench", "layer_norm", "--against", "torch.n"], "did you mean 'torch.nn'"),
+        (["bench", "layer_norm", "--model", "lst"], "did you mean 'lstm'"),
+        (["bench", "layer_norm", "--model", "lstm", "--shape", "4,8"], "--steps, --batch and --hidden"),
+        (["bench", "layer_norm", "--rounds", "0"], "must be positive"),
+        (["bench", "layer_norm", "--suite"], "leave 'layer_norm' out"),
+        (["bench", "--suite", "--out", "no_such_folder/speed.json"], "no_such_folder"),
         (["report", "nowhere"], "nowhere"),
         (["status", "nowhere"], "nowhere"),
         (["sync", "nowhere"], "nowhere"),
@@ -106,6 +119,38 @@ def test_mistyped_verbs_and_options(capsys, typed, meant):
     code, out, errors = call(capsys, *typed)
     assert code == 2
     assert meant in out + errors
+
+
+def test_bench_prints_a_table_for_each_case(capsys, tmp_path):
+    rows, plot = tmp_path / "rows.csv", tmp_path / "plot.png"
+    shapes = ("--shape", "8,16", "6,4,16", "--layout", "tokens", "--dtype", "float32", "bfloat16", "--rounds", "2")
+    code, out, _ = call(
+        capsys, "bench", "layer_norm", "instance_norm", *shapes, "--csv", str(rows), "--plot", str(plot)
+    )
+    assert code == 0
+    for part in ("torch 2", "8x16 tokens float32", "6x4x16 tokens bfloat16", "floor", "formula", "x best other"):
+        assert part in out, part
+    assert out.count("one value per statistic") == 2, "a reason is said once for each case"
+    header, *lines = rows.read_text().splitlines()
+    assert header.startswith("norm,contender,shape")
+    assert sum(line.startswith("layer_norm,torch.nn,6x4x16,tokens,float32,cpu,both,") for line in lines) == 1
+    assert plot.stat().st_size > 1000
+
+
+def test_bench_accuracy_and_models(capsys):
+    code, out, _ = call(capsys, "bench", "rms_norm", "--shape", "32,8", "--accuracy")
+    assert code == 0
+    assert "weight gradient" in out
+    code, out, _ = call(capsys, "bench", "rms_norm", "--model", "gru", "--steps", "2", "--hidden", "8", "--rounds", "1")
+    assert code == 0
+    assert "x torch.nn.GRU" in out
+
+
+def test_kernels_status_says_how_they_stand(capsys, monkeypatch):
+    monkeypatch.setenv("NORMZOO_KERNELS", "0")
+    code, out, _ = call(capsys, "kernels", "status")
+    assert code == 0
+    assert out.startswith("off: NORMZOO_KERNELS=0")
 
 
 def test_a_study_file_that_raises_names_the_line(capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from normzoo import ops
 from normzoo.errors import NormzooError, OptionError, unknown_option
-from normzoo.ops import Moments, Pattern
+from normzoo.ops import Moments, Pattern, Running
 from normzoo.ops.pattern import divisors
 
 
@@ -110,8 +111,8 @@ class Norm(nn.Module, ABC):
         Raises:
             NormzooError: for a wrong number of channels, an integer tensor, or a mask that does not fit.
         """
-        layout = f"(N, {self.num_features}, *S)" if self.channel_dim == 1 else f"(N, *S, {self.num_features})"
         if x.ndim < 2 or x.shape[self.channel_dim] != self.num_features:
+            layout = f"(N, {self.num_features}, *S)" if self.channel_dim == 1 else f"(N, *S, {self.num_features})"
             raise NormzooError(
                 f"{type(self).__name__} got input of shape {tuple(x.shape)}; expected {layout} with channel_dim="
                 f"{self.channel_dim}. Channels elsewhere? channel_dim=1 is for images, channel_dim=-1 for tokens"
@@ -356,6 +357,11 @@ class MomentNorm(CanonicalNorm):
             )
         self.eps = checked_eps(options["eps"])
         self.sizes = self._sizes(num_features, options)
+        sizes = self.pattern.population.sizes((1, num_features, 1), self.sizes)
+        # values of a statistic at one position of one sample, and the statistics where these are not kept apart
+        kept = self.pattern.population.kept
+        self.kept_channels = math.prod(sizes[a] for a in kept) if self.pattern.kept == kept else 0
+        self.least_count = math.prod(sizes[a] for a in self.pattern.factors[1] if a not in self.pattern.kept)
         # the repr shows what was chosen: eps, sizes and momentum always, the rest where it is not the default
         self._shown = {"eps": self.eps, **{"groups" if axis == "g" else axis: n for axis, n in self.sizes.items()}}
         quiet = ("channel_dim", "device", "dtype", "group_size", *self._shown)
@@ -439,7 +445,8 @@ class MomentNorm(CanonicalNorm):
         if self.evaluates:
             return self.standardize(x, mask, channels_last, given=self.population())[0]
         self.check_count(x, mask, channels_last)
-        y, moments = self.standardize(x, mask, channels_last)
+        running = self.running() if self.counts else None
+        y, moments = self.standardize(x, mask, channels_last, running=running)
         if moments is not None:
             self.update(moments)
         return y
@@ -453,6 +460,7 @@ class MomentNorm(CanonicalNorm):
         given: Moments | None = None,
         affine: bool = True,
         rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None = None,
+        running: Running | None = None,
     ) -> tuple[Tensor, Moments | None]:
         """The one operation, with this norm's pattern, sizes and parameters."""
         group = self.process_group
@@ -468,6 +476,7 @@ class MomentNorm(CanonicalNorm):
             mask=mask,
             given=given,
             rescale=rescale,
+            running=running,
             sync=self.sync and self.training and given is None and world_size(group) > 1,
             group=group,
         )
@@ -477,7 +486,9 @@ class MomentNorm(CanonicalNorm):
 
         What a mask leaves is not looked at, nor what other processes have: reading it would wait for the device.
         """
-        if not self.centred or self.sync or x.numel() == 0:
+        if self.least_count >= self.min_count or not self.centred or self.sync or x.numel() == 0:
+            return
+        if self.kept_channels and x.numel() // self.kept_channels >= self.min_count:
             return
         b, c = x.shape[0], self.num_features
         s = x.numel() // (b * c)
@@ -509,6 +520,15 @@ class MomentNorm(CanonicalNorm):
         """The running statistics, as they are used in evaluation."""
         var = self.recall("running_var")
         return Moments(torch.zeros_like(var) if self.running_mean is None else self.recall("running_mean"), var, 1.0)
+
+    def running(self) -> Running | None:
+        """The running averages, where counting a batch is nothing more than moving them."""
+        var, batches = self.running_var, self.num_batches_tracked
+        if self.momentum is None or self.remembered or var is None or batches is None or var.dtype != torch.float32:
+            return None
+        if type(self).update is not MomentNorm.update or self.pattern.kept != self.pattern.population.kept:
+            return None
+        return Running(self.running_mean, var, batches, self.momentum)
 
     def remember(self, *names: str) -> None:
         """Keep these buffers as they were before the latest batch as well, for :meth:`recall`.

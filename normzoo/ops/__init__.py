@@ -13,9 +13,20 @@ from torch.distributed import ProcessGroup
 from normzoo.errors import unknown
 from normzoo.ops import cpu, native, reference
 from normzoo.ops.pattern import Pattern
-from normzoo.ops.reference import Moments, wide
+from normzoo.ops.reference import Moments, Running, wide
 
-__all__ = ["CHOICES", "Choice", "Moments", "Pattern", "affine", "backend", "full_precision", "standardize", "wide"]
+__all__ = [
+    "CHOICES",
+    "Choice",
+    "Moments",
+    "Pattern",
+    "Running",
+    "affine",
+    "backend",
+    "full_precision",
+    "standardize",
+    "wide",
+]
 
 
 class Choice(NamedTuple):
@@ -98,6 +109,7 @@ def standardize(
     mask: Tensor | None = None,
     given: Moments | None = None,
     rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None = None,
+    running: Running | None = None,
     sync: bool = False,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Moments | None]:
@@ -120,18 +132,19 @@ def standardize(
         mask: true where an element is real.
         given: statistics to use instead of those of ``x``.
         rescale: weight and bias from the (detached) statistics of ``x``, in place of ``weight`` and ``bias``.
+        running: averages to count the statistics into, which are shaped like them. A kernel may; where statistics
+            come back, it is left to the caller.
         sync: take the moments over all processes of ``group``.
         group: the processes.
 
     Returns:
-        The output and the statistics, detached; these are ``None`` where a kernel kept them to itself, which it does
-        only for patterns that keep the sample apart.
+        The output and the statistics, detached; these are ``None`` where they were counted, and for patterns that keep
+        the sample apart, where a kernel may keep them to itself.
     """
     if _backend in ("auto", "cpu") and not sync and cpu.serves(x, weight, bias, given):
         return cpu.standardize(
-            x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
-            weight=weight, bias=bias, mask=mask, given=given, rescale=rescale,
-        )  # fmt: skip
+            x, pattern, options, channels_last, eps, weight, bias, centred, mask, given, rescale, running
+        )
     if x.ndim != 3:
         canonical = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2) if channels_last else x.flatten(2)
         y, moments = standardize(
@@ -148,6 +161,16 @@ def standardize(
         )  # fmt: skip
         return y.mT, moments
     with full_precision(x):
+        if (x.is_cuda and _backend == "auto") or _backend == "triton":
+            from normzoo.ops import triton  # on first use: it loads Triton
+
+            if triton.serves(
+                x, pattern, channels_last=channels_last, weight=weight, bias=bias, mask=mask, given=given, sync=sync
+            ):
+                return triton.standardize(
+                    x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
+                    weight=weight, bias=bias, mask=mask, given=given, rescale=rescale,
+                )  # fmt: skip
         if _backend in ("auto", "native") and mask is None and not sync and rescale is None:
             done = native.standardize(
                 x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,

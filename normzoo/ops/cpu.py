@@ -15,10 +15,15 @@ from torch.autograd import forward_ad
 
 from normzoo.ops import kernels, reference
 from normzoo.ops.pattern import Pattern
-from normzoo.ops.reference import Moments
+from normzoo.ops.reference import Moments, Running
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ready: bool | None = None
+
+# bound here: a small call asks all of them
+_compiling = torch.compiler.is_compiling
+_functorch = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Moments | None) -> bool:
@@ -26,13 +31,13 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Moments
 
     Exported programs get torch's own operators, which run where normzoo is not installed.
     """
-    if x.device.type != "cpu" or x.dtype not in _FLOATS or x.numel() == 0:
+    if not x.is_cpu or x.dtype not in _FLOATS or x.numel() == 0:
         return False
     if (weight is not None and weight.dtype not in _FLOATS) or (bias is not None and bias.dtype not in _FLOATS):
         return False
     if given is not None and (given.mean.requires_grad or given.var.requires_grad):
         return False
-    return not transformed() and ready()
+    return not transformed() and (_ready or ready())
 
 
 def ready() -> bool:
@@ -50,44 +55,45 @@ ready._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAcce
 
 def transformed() -> bool:
     """Whether this call is traced, exported, or differentiated forward or under ``torch.func``."""
-    if torch.compiler.is_compiling():
+    if _compiling():
         return torch.compiler.is_exporting()
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return _functorch() or forward_ad._current_level >= 0 or _tracing() is not None
 
 
 def standardize(
     x: Tensor,
     pattern: Pattern,
     options: Mapping[str, int],
-    *,
     channels_last: bool,
     eps: float,
-    centred: bool,
     weight: Tensor | None,
     bias: Tensor | None,
+    centred: bool,
     mask: Tensor | None,
     given: Moments | None,
-    rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None = None,
-) -> tuple[Tensor, Moments]:
+    rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None,
+    running: Running | None,
+) -> tuple[Tensor, Moments | None]:
     """The compiled operation on a tensor of any rank and either memory layout, as :func:`normzoo.ops.standardize`."""
     axes, channel_dim = pattern.code(options), -1 if channels_last else 1
+    if running is not None and torch.compiler.is_compiling():
+        running = None  # a compiler wants to see what is written to
+    mean, var, batches, momentum = running or (None, None, None, 0.0)
     own = None
     if rescale is not None:
         own = _moments(torch.ops.normzoo.moments.default(x.detach(), mask, axes, channel_dim, centred, eps), x)
         weight, bias = rescale(own)
     known = given or own
-    y, mean, var, number = torch.ops.normzoo.standardize.default(
+    y, *results = torch.ops.normzoo.standardize.default(
         x, weight, bias, None, mask, None if known is None else known.mean, None if known is None else known.var,
-        axes, channel_dim, centred, eps, given is not None,
+        mean, var, batches, axes, channel_dim, centred, eps, given is not None, momentum,
     )  # fmt: skip
-    return y, known or _moments((mean, var, number), x)
+    if running is not None or not pattern.batch_dependent:
+        return y, None
+    return y, known or _moments(results, x)
 
 
-def _moments(results: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Moments:
+def _moments(results: Sequence[Tensor], x: Tensor) -> Moments:
     mean, var, number = results
     return Moments(mean, var, number if number.numel() else x.numel() / mean.numel())
 
@@ -130,8 +136,9 @@ def _register() -> None:
     @torch.library.register_fake("normzoo::standardize")
     def _(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, floor: Tensor | None, mask: Tensor | None,
-        mean: Tensor | None, var: Tensor | None, axes: list[int], channel_dim: int, centred: bool, eps: float,
-        constant: bool,
+        mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+        batches: Tensor | None, axes: list[int], channel_dim: int, centred: bool, eps: float, constant: bool,
+        momentum: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         none = x.new_empty(0, dtype=torch.float32)
         if mean is not None:

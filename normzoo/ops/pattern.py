@@ -89,11 +89,19 @@ class Pattern:
         >>> Pattern.parse("b (g c) s -> b g").code({"g": 8})
         [1, 2, 1, -1, 1, 8, 1, -1, 0, -1, 0]
         """
+        key = tuple(options.values())
+        if (known := self._codes.get(key)) is not None:
+            return known
         code = [len(group) for group in self.factors]
         for name, group in zip(CANONICAL, self.factors, strict=True):
             for axis in group:
                 code += [-1 if axis == name else options[axis], int(axis in self.kept)]
+        self._codes[key] = code
         return code
+
+    @cached_property
+    def _codes(self) -> dict[tuple[int, ...], list[int]]:
+        return {}
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> tuple[Pattern, dict[str, int]]:

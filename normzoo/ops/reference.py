@@ -31,6 +31,22 @@ class Moments(NamedTuple):
     number: Tensor | float
 
 
+class Running(NamedTuple):
+    """Running averages that a batch is counted into: ``running += momentum * (batch - running)``.
+
+    Attributes:
+        mean: of the means, or ``None``; float32.
+        var: of the unbiased variances; float32.
+        batches: their number.
+        momentum: the weight of the new value.
+    """
+
+    mean: Tensor | None
+    var: Tensor
+    batches: Tensor
+    momentum: float
+
+
 def wide(x: Tensor) -> Tensor:
     """Float32 in place of half precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -140,9 +156,10 @@ def _moments(x: Tensor, axes: Axes, centred: bool, mask: Tensor | None) -> tuple
         repeated = 1  # reduced axes along which the mask is constant
         for axis in axes.reduced:
             repeated *= x.shape[axis] // max(mask.shape[axis], 1)
-        count = mask.to(x.dtype).sum(axes.reduced, keepdim=True) * repeated
+        real = mask.to(x.dtype)  # torch reads an empty tuple of dimensions as all of them
+        count = (real.sum(axes.reduced, keepdim=True) if axes.reduced else real) * repeated
         n = count.clamp(min=1)
-    if not axes.reduced:  # torch reads an empty tuple of dimensions as all of them
+    if not axes.reduced:
         mean = x if centred else torch.zeros_like(x)
         return mean, (x - mean).square(), count
     if not centred:

@@ -73,12 +73,12 @@ class JsonLines(Logger):
         store.append_line(self.path, row | values)
 
 
-class _Watch(pl.Callback):
+class Watch(pl.Callback):
     """Times the training steps, and stops a training whose loss is not finite."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, accelerator: str, threads: int) -> None:
         # what else the machine does disturbs the CPU time of one thread less than the clock on the wall
-        one_thread = cell.accelerator == "cpu" and cell.threads == 1
+        one_thread = accelerator == "cpu" and threads == 1
         self._clock = time.process_time if one_thread else time.perf_counter
         self.steps: list[float] = []
         self._began = 0.0
@@ -87,6 +87,7 @@ class _Watch(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Start the clock."""
         if pl_module.device.type == "cuda":
             self._timed = trainer.global_step % _SYNCHRONISE_EVERY == 0
             if self._timed:
@@ -96,6 +97,7 @@ class _Watch(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Stop the clock, and the training when its loss is not finite."""
         if not self._timed:
             return
         if pl_module.device.type == "cuda":
@@ -107,6 +109,7 @@ class _Watch(pl.Callback):
             raise _Diverged(f"the training loss is {loss} at step {trainer.global_step}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the training when a measure of it is not finite."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("val/") and not math.isfinite(value):
                 raise _Diverged(f"{name} is {float(value)} at step {trainer.global_step}")
@@ -189,7 +192,7 @@ def _train(cell: Cell, folder: Path, logger: JsonLines, found: dict[str, Any]) -
     roles = parameter_roles(module)
     found["parameters"] = sum(p.numel() for p in module.parameters())
     found["norm_parameters"] = sum(p.numel() for name, p in module.named_parameters() if name in roles)
-    watch = _Watch(cell)
+    watch = Watch(cell.accelerator, cell.threads)
     trainer = pl.Trainer(
         **cell.setting.trainer_arguments(lean=True),
         accelerator=cell.accelerator,

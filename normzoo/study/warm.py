@@ -30,8 +30,11 @@ try:
         with contextlib.suppress(ImportError):  # what a first step imports; private, and not in every version
             importlib.import_module(_name)
     from normzoo import data, registry
+    from normzoo.ops import kernels, memory
     from normzoo.study import cell
 
+    memory.start()  # for itself and every cell
+    kernels.load()  # built once, not by each of the first cells
     registry.list_norms()
     for _name in data.list_data():
         data.data_info(_name)

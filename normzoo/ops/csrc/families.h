@@ -20,7 +20,7 @@ namespace normzoo {
 // Gradients of the channels' parameters, one share for each thread.
 struct Shares {
   int64_t channels = 0;
-  std::vector<float> data;
+  Floats data;
 
   Shares(int64_t threads, int64_t channels) : channels(channels), data(threads * 3 * channels) {}
   float* weight() { return data.data() + at::get_thread_num() * 3 * channels; }
@@ -73,7 +73,7 @@ constexpr double kFar = 16;
 constexpr int64_t kBlock = 4096;  // elements or rows summed in float32 before they join a total
 constexpr int64_t kRows = 256;
 
-// Where results go. What no cache holds anyway is streamed past it, which spares reading the lines that are written.
+// Where results go. A large one is streamed past the caches, which spares reading the lines that are written.
 template <class T>
 struct Out {
   T* to;
@@ -81,13 +81,21 @@ struct Out {
 
   Out(T* to, bool stream) : to(to), stream(stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
 
-  template <class Part>
-  NORMZOO_INLINE void put(int64_t i, vf v, Part part) const {
+  // Write f(i, part) for every vector of n elements.
+  template <class F>
+  NORMZOO_INLINE void each(int64_t n, F&& f) const {
 #ifdef __AVX512F__
-    if constexpr (std::is_same_v<Part, Full> && std::is_same_v<T, float>)
-      if (stream) return _mm512_stream_ps(to + i, (__m512)v);
+    if constexpr (std::is_same_v<T, float>)
+      if (stream)
+        return vectors(n, [&](int64_t i, int, auto part) {
+          const vf v = f(i, part);
+          if constexpr (std::is_same_v<decltype(part), Full>)
+            _mm512_stream_ps(to + i, (__m512)v);
+          else
+            store(to + i, v, part);
+        });
 #endif
-    store(to + i, v, part);
+    vectors(n, [&](int64_t i, int, auto part) { store(to + i, f(i, part), part); });
   }
 };
 
@@ -130,6 +138,46 @@ void drive(Work& work, int64_t tasks, int64_t reduced, int64_t elements, Do what
   }
 }
 
+// The same where the runs of a statistic lie far apart: in the order of the memory, with all statistics at once.
+template <class Work>
+void sweep(Work& work, int64_t tasks, int64_t reduced, Do what) {
+  using Part = decltype(work.part());
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), reduced);
+  const int64_t share = (reduced + threads - 1) / threads;
+  std::vector<std::vector<Part>> parts(threads, std::vector<Part>(tasks, work.part()));
+  std::vector<char> settled(tasks, what == Do::apply);
+  const auto each = [&](auto&& f) {
+    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i)
+        for (int64_t r = i * share; r < std::min(reduced, (i + 1) * share); ++r)
+          for (int64_t k = 0; k < tasks; ++k) f(parts[i], k, r);
+    });
+  };
+  for (int64_t k = 0; k < tasks; ++k) work.begin(k, parts[0][k]);
+  while (std::find(settled.begin(), settled.end(), 0) != settled.end()) {
+    for (int64_t i = 1; i < threads; ++i) parts[i] = parts[0];
+    each([&](auto& own, int64_t k, int64_t r) {
+      if (!settled[k]) work.add(k, r, r + 1, own[k]);
+    });
+    for (int64_t k = 0; k < tasks; ++k) {
+      if (settled[k]) continue;
+      for (int64_t i = 1; i < threads; ++i) parts[0][k].merge(parts[i][k]);
+      settled[k] = work.settle(k, parts[0][k]);
+    }
+  }
+  if (what != Do::sums) each([&](auto&, int64_t k, int64_t r) { work.apply(k, r, r + 1, parts[0][k]); });
+}
+
+template <class Work>
+void drive_runs(Work& work, const Plan& plan, Do what) {
+  const auto& steps = plan.reduced.steps;
+  const bool apart = !steps.empty() && steps.back().stride.memory != plan.width;
+  if (apart && plan.width <= 4 * kBlock)
+    sweep(work, plan.kept.size(), plan.reduced.size(), what);
+  else
+    drive(work, plan.kept.size(), plan.reduced.size(), plan.count * plan.statistics(), what);
+}
+
 // ---- runs: a statistic is made of runs of memory, each in one channel --------------------------------------------
 
 struct RunsPart {
@@ -155,9 +203,9 @@ struct Sums {
 };
 
 inline double count_mask(const uint8_t* mask, int64_t n) {
-  int64_t number = 0;
-  for (int64_t i = 0; i < n; ++i) number += mask[i] != 0;
-  return (double)number;
+  uint32_t number = 0;  // narrow, for the compiler to vectorise
+  for (int64_t i = 0; i < n; ++i) number += mask[i];
+  return number;
 }
 
 template <class T, bool kMask>
@@ -173,8 +221,8 @@ struct RunsForward {
       part.mean = args.mean[k];
       part.scale = args.scale ? args.scale[k] : (float)(1 / std::sqrt(args.var[k] + args.eps));
       part.add = args.shift ? args.shift[k] : 0;
-    } else if (args.centred && !(kMask && !args.mask[plan.kept.mask[k]])) {
-      part.shift = (float)args.x[plan.kept.memory[k]];
+    } else if (args.centred && !(kMask && !args.mask[plan.kept[k].mask])) {
+      part.shift = (float)args.x[plan.kept[k].memory];
     }
   }
 
@@ -189,8 +237,9 @@ struct RunsForward {
       pending = 0;
     };
     for (int64_t r = from; r < to; ++r) {
-      const T* run = args.x + plan.kept.memory[k] + plan.reduced.memory[r];
-      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const Start start = plan.at(k, r);
+      const T* run = args.x + start.memory;
+      const uint8_t* mask = kMask ? args.mask + start.mask : nullptr;
       for (int64_t at = 0; at < plan.width; at += kBlock) {
         const int64_t n = std::min(kBlock, plan.width - at);
         vectors(n, [&](int64_t i, int j, auto whole) {
@@ -226,18 +275,17 @@ struct RunsForward {
   void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
     const vf mean = splat(part.mean);
     for (int64_t r = from; r < to; ++r) {
-      const int64_t at = plan.kept.memory[k] + plan.reduced.memory[r];
-      const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
-      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const auto [at, c, masked] = plan.at(k, r);
+      const uint8_t* mask = kMask ? args.mask + masked : nullptr;
       const vf scale = splat(part.scale * args.weight[c]), add = splat(part.add * args.weight[c] + args.bias[c]);
       const vf floor = splat(args.floor ? args.floor[c] : -INFINITY);
       const T* x = args.x + at;
       const Out<T> out(args.y + at, args.stream);
-      vectors(plan.width, [&](int64_t i, int, auto whole) {
+      out.each(plan.width, [&](int64_t i, auto whole) {
         vf v = (load(x + i, whole) - mean) * scale + add;
         v = v < floor ? floor : v;
         if constexpr (kMask) v = where(mask + i, v, whole);
-        out.put(i, v, whole);
+        return v;
       });
     }
   }
@@ -274,9 +322,8 @@ struct RunsBackward {
     double s1 = 0, s2 = 0;
     int64_t pending = 0;
     for (int64_t r = from; r < to; ++r) {
-      const int64_t at = plan.kept.memory[k] + plan.reduced.memory[r];
-      const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
-      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const auto [at, c, masked] = plan.at(k, r);
+      const uint8_t* mask = kMask ? args.mask + masked : nullptr;
       const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
       const vf floor = splat(kLimited ? args.floor[c] : 0);
       for (int64_t start = 0; start < plan.width; start += kBlock) {
@@ -300,7 +347,7 @@ struct RunsBackward {
           pending = 0;
         }
       }
-      if (r + 1 < to && plan.reduced.channel[r + 1] == plan.reduced.channel[r]) continue;
+      if (r + 1 < to && plan.at(k, r + 1).channel == c) continue;
       s1 += sums.first();
       s2 += sums.second();
       sums = {};
@@ -326,18 +373,17 @@ struct RunsBackward {
   void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
     const vf mean = splat(part.mean), q = splat(part.q), rest = splat(part.r);
     for (int64_t r = from; r < to; ++r) {
-      const int64_t at = plan.kept.memory[k] + plan.reduced.memory[r];
-      const int64_t c = plan.kept.channel[k] + plan.reduced.channel[r];
-      const uint8_t* mask = kMask ? args.mask + plan.kept.mask[k] + plan.reduced.mask[r] : nullptr;
+      const auto [at, c, masked] = plan.at(k, r);
+      const uint8_t* mask = kMask ? args.mask + masked : nullptr;
       const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
       const vf p = splat(part.p * args.weight[c]), floor = splat(kLimited ? args.floor[c] : 0);
       const T *x = args.x + at, *dy = args.dy + at;
       const Out<T> out(args.dx + at, args.stream);
-      vectors(plan.width, [&](int64_t i, int, auto whole) {
+      out.each(plan.width, [&](int64_t i, auto whole) {
         const vf off = load(x + i, whole) - mean;
         vf v = gradient(dy + i, kMask ? mask + i : nullptr, off, scale, bias, floor, whole) * p + (off * q + rest);
         if constexpr (kMask) v = where(mask + i, v, whole);
-        out.put(i, v, whole);
+        return v;
       });
     }
   }
@@ -351,10 +397,11 @@ void rows_forward(const Plan& plan, const Forward<T>& args) {
   const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
   at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
     for (int64_t k = from; k < to; ++k) {
-      const bool real = !args.mask || args.mask[plan.kept.mask[k]];
+      const Start row = plan.kept[k];
+      const bool real = !args.mask || args.mask[row.mask];
       for (int64_t g = 0; g < plan.groups; ++g) {
         const int64_t which = k * plan.groups + g;
-        const T* x = args.x + plan.kept.memory[k] + g * n;
+        const T* x = args.x + row.memory + g * n;
         const float *weight = args.weight + g * n, *bias = args.bias + g * n;
         float mean = 0, scale, shift = 0;
         if (args.known) {
@@ -383,16 +430,16 @@ void rows_forward(const Plan& plan, const Forward<T>& args) {
           scale = 1 / std::sqrt(var + (float)args.eps);
         }
         if (args.what == Do::sums) continue;
-        T* y = args.y + plan.kept.memory[k] + g * n;
+        T* y = args.y + row.memory + g * n;
         if (!real) {
           std::fill(y, y + n, T(0));
           continue;
         }
         const vf middle = splat(mean), factor = splat(scale), add = splat(shift);
         const Out<T> out(y, args.stream);
-        vectors(n, [&](int64_t i, int, auto whole) {
+        out.each(n, [&](int64_t i, auto whole) {
           const vf v = (load(x + i, whole) - middle) * factor + add;
-          out.put(i, v * load(weight + i, whole) + load(bias + i, whole), whole);
+          return v * load(weight + i, whole) + load(bias + i, whole);
         });
       }
     }
@@ -404,18 +451,20 @@ void rows_backward(const Plan& plan, const Backward<T>& args) {
   const int64_t n = plan.width / plan.groups;
   const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
   at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
-    std::vector<float> block(2 * plan.width);
-    float *dweight = block.data(), *dbias = dweight + plan.width;
+    const int64_t width = (plan.width + kLanes - 1) / kLanes * kLanes;
+    Floats block(2 * width);
+    float *dweight = block.data(), *dbias = dweight + width;
     const auto flush = [&] {
       if (args.what == Do::apply) return;
-      float* total = args.shares->weight();
-      for (int64_t i = 0; i < 2 * plan.width; ++i) total[i] += block[i];
+      float *weight = args.shares->weight(), *bias = args.shares->bias();
+      for (int64_t i = 0; i < plan.width; ++i) weight[i] += dweight[i], bias[i] += dbias[i];
       std::fill(block.begin(), block.end(), 0.f);
     };
     for (int64_t k = from; k < to; ++k) {
-      const bool real = !args.mask || args.mask[plan.kept.mask[k]];
+      const Start row = plan.kept[k];
+      const bool real = !args.mask || args.mask[row.mask];
       for (int64_t g = 0; g < plan.groups; ++g) {
-        const int64_t which = k * plan.groups + g, at = plan.kept.memory[k] + g * n;
+        const int64_t which = k * plan.groups + g, at = row.memory + g * n;
         const T *x = args.x + at, *dy = args.dy + at;
         T* dx = args.dx + at;
         if (!real) {
@@ -452,9 +501,9 @@ void rows_backward(const Plan& plan, const Backward<T>& args) {
         }
         const vf vp = splat(p), vq = splat(q), vr = splat(r);
         const Out<T> out(dx, args.stream);
-        vectors(n, [&](int64_t i, int, auto whole) {
+        out.each(n, [&](int64_t i, auto whole) {
           const vf off = load(x + i, whole) - mean;
-          out.put(i, load(dy + i, whole) * (load(weight + i, whole) * vp) + (off * vq + vr), whole);
+          return load(dy + i, whole) * (load(weight + i, whole) * vp) + (off * vq + vr);
         });
       }
       if ((k - from + 1) % kRows == 0) flush();
@@ -470,11 +519,11 @@ enum Column { kS1, kS2, kCount, kBelow, kShift, kMean, kScale, kAdd, kP, kQ, kR,
 
 struct ColumnsPart {
   int64_t width;
-  std::vector<float> data;  // kColumns rows of the width
+  Floats data;  // kColumns rows of the width
   double rows = 0;
   int passes = 0;
 
-  explicit ColumnsPart(int64_t width) : width(width), data(kColumns * width) {}
+  explicit ColumnsPart(int64_t columns) : width((columns + kLanes - 1) / kLanes * kLanes), data(kColumns * width) {}
   float* at(int which) { return data.data() + which * width; }
   const float* at(int which) const { return data.data() + which * width; }
 
@@ -488,6 +537,8 @@ struct ColumnsPart {
     rows += other.rows;
   }
 };
+
+NORMZOO_INLINE vf at_least_one(vf v) { return v < 1 ? splat(1) : v; }
 
 // Rows that are read together, and how far it is to the next ones: several at once are more than the processor's own
 // prefetching can follow.
@@ -521,7 +572,7 @@ struct Columns {
   }
   ColumnsPart part() const { return ColumnsPart(length); }
   int64_t tasks() const { return plan.kept.size() * pieces; }
-  int64_t start(int64_t k) const { return plan.kept.memory[k / pieces] + k % pieces * length; }
+  int64_t start(int64_t k) const { return plan.kept[k / pieces].memory + k % pieces * length; }
   int64_t columns(int64_t k) const { return std::min(length, plan.width - k % pieces * length); }
   // columns with parameters or statistics of their own: the others repeat them
   int64_t distinct(int64_t k) const { return kAcross ? plan.channels : columns(k); }
@@ -529,10 +580,19 @@ struct Columns {
   int64_t first(int64_t k) const { return k / pieces * plan.groups + k % pieces * length; }  // statistic
   int64_t statistics(int64_t k) const { return kAcross ? plan.groups : columns(k); }
   int64_t channel(int64_t k, int64_t r) const {
-    return kAcross ? 0 : plan.kept.channel[k / pieces] + plan.reduced.channel[r];
+    return kAcross ? 0 : plan.kept[k / pieces].channel + plan.reduced[r].channel;
   }
   const uint8_t* mask(const uint8_t* mask, int64_t k, int64_t r) const {
-    return mask + plan.kept.mask[k / pieces] + plan.reduced.mask[r] + (kAcross ? 0 : k % pieces * length);
+    return mask + plan.kept[k / pieces].mask + plan.reduced[r].mask + (kAcross ? 0 : k % pieces * length);
+  }
+  // Statistics, one for each distinct column.
+  void gather(int64_t k, const float* from, float* to) const {
+    const int64_t n = distinct(k);
+    if (statistics(k) == n) {
+      std::copy_n(from, n, to);
+    } else {
+      for (int64_t c = 0; c < n; ++c) to[c] = from[plan.group[c]];
+    }
   }
   void repeat(ColumnsPart& part, std::initializer_list<Column> which) const {
     for (const auto column : which)
@@ -559,16 +619,25 @@ struct ColumnsForward : Columns<kAcross, kMask> {
 
   // The coefficients of each column, from the statistics of its group.
   void spread(int64_t k, ColumnsPart& part) const {
-    const int64_t first = this->first(k);
-    for (int64_t c = 0; c < this->distinct(k); ++c) {
-      const int64_t which = first + this->group(c);
-      const float factor = args.scale ? args.scale[which] : 1 / std::sqrt(args.var[which] + (float)args.eps);
-      const float weight = kAcross ? args.weight[c] : 1;
-      part.at(kMean)[c] = args.mean[which];
-      part.at(kScale)[c] = factor * weight;
-      part.at(kAdd)[c] = (args.shift ? args.shift[which] * weight : 0) + (kAcross ? args.bias[c] : 0);
-      if (kAcross && args.floor) part.at(kFloor)[c] = args.floor[c];
-    }
+    const int64_t n = this->distinct(k), first = this->first(k);
+    const vf eps = splat((float)args.eps);
+    float *means = part.at(kMean), *scales = part.at(kScale), *adds = part.at(kAdd);
+    this->gather(k, args.mean + first, means);
+    this->gather(k, args.scale ? args.scale + first : args.var + first, scales);
+    if (args.shift) this->gather(k, args.shift + first, adds);
+    vectors(n, [&](int64_t i, int, auto whole) {
+      vf scale = load(scales + i, whole), add{};
+      if (!args.scale) scale = 1 / root(scale + eps);
+      if (args.shift) add = load(adds + i, whole);
+      if constexpr (kAcross) {
+        const vf weight = load(args.weight + i, whole);
+        scale *= weight;
+        add = add * weight + load(args.bias + i, whole);
+      }
+      store(scales + i, scale, whole);
+      store(adds + i, add, whole);
+    });
+    if (kAcross && args.floor) std::copy_n(args.floor, n, part.at(kFloor));
     this->repeat(part, {kMean, kScale, kAdd, kFloor});
   }
 
@@ -576,10 +645,14 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     part.clear();
     part.passes = 0;
     if (args.known) return spread(k, part);
-    const T* row = args.x + this->start(k) + this->plan.reduced.memory[0];
+    const T* row = args.x + this->start(k) + this->plan.reduced[0].memory;
     const uint8_t* mask = kMask ? this->mask(args.mask, k, 0) : nullptr;
-    for (int64_t c = 0; c < this->distinct(k); ++c)
-      part.at(kShift)[c] = !args.centred || (kMask && !mask[kAcross ? 0 : c]) ? 0 : (float)row[c];
+    const bool real = args.centred && !(kAcross && kMask && !*mask);
+    vectors(this->distinct(k), [&](int64_t i, int, auto whole) {
+      vf v = real ? load(row + i, whole) : vf{};
+      if constexpr (kMask && !kAcross) v = where(mask + i, v, whole);
+      store(part.at(kShift) + i, v, whole);
+    });
     this->repeat(part, {kShift});
   }
 
@@ -609,7 +682,7 @@ struct ColumnsForward : Columns<kAcross, kMask> {
   }
 
   void add(int64_t k, int64_t from, int64_t to, ColumnsPart& part) const {
-    constexpr int kMany = 8;
+    constexpr int kMany = kAcross ? 8 : 2;
     const int64_t n = this->columns(k);
     const T* rows[kRows + kMany];
     const uint8_t* masks[kRows];
@@ -620,7 +693,7 @@ struct ColumnsForward : Columns<kAcross, kMask> {
           masks[many] = this->mask(args.mask, k, r);
           if (kAcross && !*masks[many]) continue;
         }
-        rows[many++] = args.x + this->start(k) + this->plan.reduced.memory[r];
+        rows[many++] = args.x + this->start(k) + this->plan.reduced[r].memory;
       }
       if (many == 0) continue;
       follow(rows, many, kMany);
@@ -637,26 +710,28 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     const float eps = (float)args.eps, rows = std::max(1.f, (float)part.rows);
     constexpr bool kEach = kMask && !kAcross;  // every column has a number of its own
     float *off = part.at(kS1), *var = part.at(kS2), *number = part.at(kCount), *from = part.at(kShift);
-    float far = 0;
-    for (int64_t c = 0; c < n; ++c) {
-      const float inverse = 1 / (kEach ? std::max(1.f, number[c]) : rows);
-      off[c] = args.centred ? off[c] * inverse : 0;
-      var[c] = var[c] * inverse - off[c] * off[c];
-      far = std::max(far, off[c] * off[c] - (float)kFar * (var[c] + eps));
-    }
-    if (part.passes++ == 0 && far > 0) {
+    vf far{};
+    vectors(n, [&](int64_t i, int, auto whole) {
+      const vf inverse = 1 / (kEach ? at_least_one(load(number + i, whole)) : splat(rows));
+      const vf mean = args.centred ? load(off + i, whole) * inverse : vf{};
+      const vf spread = load(var + i, whole) * inverse - mean * mean;
+      far += only(mean * mean > (float)kFar * (spread + eps) ? splat(1) : vf{}, whole);
+      store(off + i, mean, whole);
+      store(var + i, spread, whole);
+    });
+    if (part.passes++ == 0 && sum(far) > 0) {
       for (int64_t c = 0; c < n; ++c) from[c] += off[c];
       this->repeat(part, {kShift});
       part.clear();
       return false;
     }
     float *means = args.mean + first, *vars = args.var + first;
-    const bool none = !kEach && part.rows == 0;
-    for (int64_t c = 0; c < n; ++c) {
-      const bool empty = kEach ? number[c] == 0 : none;
-      off[c] = empty ? 0 : off[c] + from[c];  // the mean of the column
-      var[c] = empty || var[c] < 0 ? 0 : var[c];
-    }
+    vectors(n, [&](int64_t i, int, auto whole) {  // the mean of the column; zero where nothing is real
+      const vf count = kEach ? load(number + i, whole) : splat((float)part.rows);
+      const vf mean = load(off + i, whole) + load(from + i, whole), spread = load(var + i, whole);
+      store(off + i, count == 0 ? vf{} : mean, whole);
+      store(var + i, (count == 0) | (spread < 0) ? vf{} : spread, whole);
+    });
     if (statistics == n) {
       std::copy_n(off, n, means);
       std::copy_n(var, n, vars);
@@ -684,7 +759,7 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     const int64_t n = this->columns(k);
     const float *means = part.at(kMean), *scales = part.at(kScale), *adds = part.at(kAdd), *floors = part.at(kFloor);
     for (int64_t j = from; j < to; ++j) {
-      const int64_t at = this->start(k) + this->plan.reduced.memory[j];
+      const int64_t at = this->start(k) + this->plan.reduced[j].memory;
       const uint8_t* mask = kMask ? this->mask(args.mask, k, j) : nullptr;
       const T* x = args.x + at;
       T* y = args.y + at;
@@ -695,7 +770,7 @@ struct ColumnsForward : Columns<kAcross, kMask> {
       const int64_t c = this->channel(k, j);
       const vf weight = splat(kAcross ? 1 : args.weight[c]), bias = splat(kAcross ? 0 : args.bias[c]);
       const Out<T> out(y, args.stream);
-      vectors(n, [&](int64_t i, int, auto whole) {
+      out.each(n, [&](int64_t i, auto whole) {
         vf v = (load(x + i, whole) - load(means + i, whole)) * load(scales + i, whole) + load(adds + i, whole);
         if constexpr (kAcross) {
           if (args.floor) {
@@ -706,7 +781,7 @@ struct ColumnsForward : Columns<kAcross, kMask> {
           v = v * weight + bias;
           if constexpr (kMask) v = where(mask + i, v, whole);
         }
-        out.put(i, v, whole);
+        return v;
       });
     }
   }
@@ -720,21 +795,28 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
 
   void begin(int64_t k, ColumnsPart& part) const {
     part.clear();
-    const int64_t first = this->first(k);
-    for (int64_t c = 0; c < this->distinct(k); ++c) {
-      const int64_t which = first + this->group(c);
-      part.at(kMean)[c] = args.mean[which];
-      part.at(kScale)[c] = 1 / std::sqrt(args.var[which] + (float)args.eps);
-      part.at(kWeight)[c] = kAcross ? args.weight[c] : 1;
-      if (kLimited) part.at(kBias)[c] = args.bias[c], part.at(kFloor)[c] = args.floor[c];
-      if (args.what != Do::apply) continue;
-      part.at(kP)[c] = args.p[which] * part.at(kWeight)[c];
-      part.at(kQ)[c] = args.q[which];
-      part.at(kR)[c] = args.r[which];
-    }
+    const int64_t n = this->distinct(k), first = this->first(k);
+    const vf eps = splat((float)args.eps);
+    float *scales = part.at(kScale), *weights = part.at(kWeight);
+    this->gather(k, args.mean + first, part.at(kMean));
+    this->gather(k, args.var + first, scales);
+    if constexpr (kAcross) std::copy_n(args.weight, n, weights);
+    if constexpr (!kAcross) std::fill_n(weights, n, 1.f);
+    vectors(n, [&](int64_t i, int, auto whole) {
+      store(scales + i, 1 / root(load(scales + i, whole) + eps), whole);
+    });
     this->repeat(part, {kMean, kScale});
-    if (kLimited) this->repeat(part, {kWeight, kBias, kFloor});
-    if (args.what == Do::apply) this->repeat(part, {kP, kQ, kR});
+    if (kLimited) {
+      std::copy_n(args.bias, n, part.at(kBias));
+      std::copy_n(args.floor, n, part.at(kFloor));
+      this->repeat(part, {kWeight, kBias, kFloor});
+    }
+    if (args.what != Do::apply) return;
+    this->gather(k, args.p + first, part.at(kP));
+    this->gather(k, args.q + first, part.at(kQ));
+    this->gather(k, args.r + first, part.at(kR));
+    for (int64_t c = 0; c < n; ++c) part.at(kP)[c] *= weights[c];
+    this->repeat(part, {kP, kQ, kR});
   }
 
   template <class Part>
@@ -816,7 +898,7 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
   }
 
   void add(int64_t k, int64_t from, int64_t to, ColumnsPart& part) const {
-    constexpr int kMany = 4;
+    constexpr int kMany = kAcross ? 4 : 1;
     const int64_t n = this->columns(k), start = this->start(k);
     const T *xs[kRows + kMany], *dys[kRows + kMany];
     const uint8_t* masks[kRows];
@@ -829,8 +911,8 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
           if (kAcross && !*masks[many]) continue;
         }
         channels[many] = this->channel(k, r);
-        xs[many] = args.x + start + this->plan.reduced.memory[r];
-        dys[many++] = args.dy + start + this->plan.reduced.memory[r];
+        xs[many] = args.x + start + this->plan.reduced[r].memory;
+        dys[many++] = args.dy + start + this->plan.reduced[r].memory;
       }
       if (many == 0) continue;
       follow(xs, many, kMany);
@@ -852,12 +934,7 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
   bool settle(int64_t k, ColumnsPart& part) const {
     const int64_t n = this->distinct(k), statistics = this->statistics(k), first = this->first(k);
     const float *s1 = part.at(kS1), *s2 = part.at(kS2), *scale = part.at(kScale), *weight = part.at(kWeight);
-    std::vector<float> sums(2 * statistics);
-    float *a = sums.data(), *b = a + statistics;
-    for (int64_t c = 0; c < n; ++c) {
-      a[this->group(c)] += s1[c] * weight[c];
-      b[this->group(c)] += s2[c] * weight[c];
-    }
+    float *a = part.at(kCount), *b = part.at(kBelow);  // sums of each statistic, then of the statistic of each column
     if constexpr (kAcross) {
       float *dweight = args.shares->weight(), *dbias = args.shares->bias(), *dfloor = args.shares->floor();
       for (int64_t c = 0; c < n; ++c) {
@@ -866,18 +943,36 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
         if (kLimited) dfloor[c] += part.at(kBelow)[c];
       }
     }
+    std::vector<float> grouped;
+    if (statistics == n) {
+      for (int64_t c = 0; c < n; ++c) a[c] = s1[c] * weight[c], b[c] = s2[c] * weight[c];
+    } else {
+      grouped.resize(2 * statistics);
+      for (int64_t c = 0; c < n; ++c) {
+        grouped[this->plan.group[c]] += s1[c] * weight[c];
+        grouped[statistics + this->plan.group[c]] += s2[c] * weight[c];
+      }
+    }
+    const float *sums = grouped.empty() ? a : grouped.data(), *products = grouped.empty() ? b : sums + statistics;
     if (args.what == Do::sums) {
-      std::copy_n(a, statistics, args.sum + first);
-      std::copy_n(b, statistics, args.product + first);
+      std::copy_n(sums, statistics, args.sum + first);
+      std::copy_n(products, statistics, args.product + first);
       return true;
     }
-    for (int64_t c = 0; c < n; ++c) {
-      const int64_t which = this->group(c);
-      const float number = std::max(1.f, args.number ? args.number[first + which] : (float)this->plan.count);
-      part.at(kP)[c] = scale[c] * weight[c];
-      part.at(kQ)[c] = args.constant ? 0 : -scale[c] * scale[c] * scale[c] * b[which] / number;
-      part.at(kR)[c] = args.constant || !args.centred ? 0 : -scale[c] * a[which] / number;
+    if (!grouped.empty()) {
+      this->gather(k, sums, a);
+      this->gather(k, products, b);
     }
+    float *p = part.at(kP), *q = part.at(kQ), *r = part.at(kR), *number = part.at(kFloor);
+    if (args.number) this->gather(k, args.number + first, number);
+    const bool moving = !args.constant;
+    vectors(n, [&](int64_t i, int, auto whole) {
+      const vf count = args.number ? at_least_one(load(number + i, whole)) : splat((float)this->plan.count);
+      const vf factor = load(scale + i, whole), ratio = moving ? factor / count : vf{};
+      store(p + i, factor * load(weight + i, whole), whole);
+      store(q + i, -ratio * factor * factor * load(b + i, whole), whole);
+      store(r + i, args.centred ? -ratio * load(a + i, whole) : vf{}, whole);
+    });
     this->repeat(part, {kP, kQ, kR});
     return true;
   }
@@ -886,7 +981,7 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
     const int64_t n = this->columns(k);
     const float *means = part.at(kMean), *ps = part.at(kP), *qs = part.at(kQ), *rs = part.at(kR);
     for (int64_t j = from; j < to; ++j) {
-      const int64_t at = this->start(k) + this->plan.reduced.memory[j];
+      const int64_t at = this->start(k) + this->plan.reduced[j].memory;
       const uint8_t* mask = kMask ? this->mask(args.mask, k, j) : nullptr;
       const T *x = args.x + at, *dy = args.dy + at;
       T* dx = args.dx + at;
@@ -896,12 +991,12 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
       }
       const vf weight = splat(kAcross ? 1 : args.weight[this->channel(k, j)]);
       const Out<T> out(dx, args.stream);
-      vectors(n, [&](int64_t i, int, auto whole) {
+      out.each(n, [&](int64_t i, auto whole) {
         const vf off = load(x + i, whole) - load(means + i, whole);
         const vf g = gradient(dy, part, i, off, whole) * weight;
         vf v = g * load(ps + i, whole) + (off * load(qs + i, whole) + load(rs + i, whole));
         if constexpr (kMask && !kAcross) v = where(mask + i, v, whole);
-        out.put(i, v, whole);
+        return v;
       });
     }
   }
@@ -917,7 +1012,7 @@ void forward(const Plan& plan, const Forward<T>& args) {
     rows_forward(plan, args);
   } else if (plan.family == Family::runs) {
     RunsForward<T, kMask> work{plan, args};
-    drive(work, plan.kept.size(), plan.reduced.size(), elements, what);
+    drive_runs(work, plan, what);
   } else if (plan.across) {
     ColumnsForward<T, true, kMask> work(plan, args);
     drive(work, work.tasks(), plan.reduced.size(), elements, what);
@@ -934,7 +1029,7 @@ void backward(const Plan& plan, const Backward<T>& args) {
     rows_backward(plan, args);
   } else if (plan.family == Family::runs) {
     RunsBackward<T, kMask, kLimited> work{plan, args};
-    drive(work, plan.kept.size(), plan.reduced.size(), elements, args.what);
+    drive_runs(work, plan, args.what);
   } else if (plan.across) {
     ColumnsBackward<T, true, kMask, kLimited> work(plan, args);
     drive(work, work.tasks(), plan.reduced.size(), elements, args.what);

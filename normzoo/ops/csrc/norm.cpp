@@ -62,16 +62,20 @@ Tensor like(const Tensor& t, const Tensor& x, const Layout& layout, int64_t chan
   return at::empty_like(x).copy_(t);
 }
 
+Tensor as_float(const Tensor& t) {
+  return t.scalar_type() == at::kFloat && t.is_contiguous() ? t : t.to(at::kFloat).contiguous();
+}
+
 // A parameter of the channels as float32, the value where there is none.
 struct Channels {
-  std::vector<float> made;
+  Floats made;
   Tensor held;
   const float* data;
 
   Channels(const Maybe& given, int64_t channels, float value) {
     if (given && given->defined()) {
       TORCH_CHECK(given->numel() == channels, "expected a parameter of ", channels, " channels, got ", given->numel());
-      held = given->to(at::kFloat).contiguous();
+      held = as_float(*given);
       data = held.const_data_ptr<float>();
     } else {
       made.assign(channels, value);
@@ -82,7 +86,7 @@ struct Channels {
 
 const float* data_or_null(const Maybe& t, Tensor& held) {
   if (!t || !t->defined()) return nullptr;
-  held = t->to(at::kFloat).contiguous();
+  held = as_float(*t);
   return held.const_data_ptr<float>();
 }
 
@@ -93,8 +97,8 @@ const uint8_t* mask_or_null(const Maybe& mask, Tensor& held) {
   return reinterpret_cast<const uint8_t*>(held.const_data_ptr<bool>());
 }
 
-// Whether a result is larger than the last cache of a core, as a rule.
-bool streams(const Tensor& x) { return x.nbytes() >= (32 << 20); }
+// Whether a result is so large that streaming it past the caches pays, counted with the operation that reads it next.
+bool streams(const Tensor& x) { return x.nbytes() >= (8 << 20); }
 
 template <class F>
 void dispatch(at::ScalarType type, F&& f) {
@@ -119,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(
   const bool known = mean && mean->defined();
   const auto options = x.options().dtype(at::kFloat);
   const Tensor y = statistics_alone ? Tensor() : at::empty_like(x);
-  const Tensor means = known ? mean->to(at::kFloat).contiguous() : at::empty(plan.shape, options);
-  const Tensor vars = var && var->defined() ? var->to(at::kFloat).contiguous()
+  const Tensor means = known ? as_float(*mean) : at::empty(plan.shape, options);
+  const Tensor vars = var && var->defined() ? as_float(*var)
                       : known               ? means
                                             : at::empty(plan.shape, options);
   TORCH_CHECK(means.numel() == plan.statistics() && vars.numel() == plan.statistics(), "expected ", plan.statistics(),
@@ -142,11 +146,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(
   return {y, means, vars, number};
 }
 
+// Count a batch into running averages: the mean, the unbiased variance and the number of batches. Where nothing is real
+// there is no news.
+void track(const Maybe& running_mean, const Maybe& running_var, const Maybe& batches, const Tensor& mean,
+           const Tensor& var, const Tensor& number, double count, double weight, bool centred) {
+  const auto average = [&](const Tensor& running, const Tensor& value, bool unbiased) {
+    TORCH_CHECK(running.is_contiguous() && running.scalar_type() == at::kFloat && running.numel() == value.numel(),
+                "expected a contiguous running average of ", value.numel(), " float32 numbers");
+    float* to = running.mutable_data_ptr<float>();
+    const float *from = value.const_data_ptr<float>(), *numbers = number.numel() ? number.const_data_ptr<float>() : nullptr;
+    for (int64_t c = 0; c < running.numel(); ++c) {
+      const float n = numbers ? numbers[c] : (float)count;
+      const float scale = unbiased ? n / std::max(n - 1, 1.f) : 1;
+      if (n > 0) to[c] += (float)weight * (scale * from[c] - to[c]);
+    }
+  };
+  if (running_mean && running_mean->defined()) average(*running_mean, mean, false);
+  average(*running_var, var, centred);
+  const bool any = number.numel() == 0 || number.gt(0).any().item<bool>();
+  if (any) ++*batches->mutable_data_ptr<int64_t>();
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> standardize(
     const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask, const Maybe& mean,
-    const Maybe& var, c10::IntArrayRef axes, int64_t channel_dim, bool centred, double eps, bool constant) {
+    const Maybe& var, const Maybe& running_mean, const Maybe& running_var, const Maybe& batches, c10::IntArrayRef axes,
+    int64_t channel_dim, bool centred, double eps, bool constant, double momentum) {
   auto [y, means, vars, number] = run_forward(x, weight, bias, floor, mask, mean, var, {}, {}, axes, channel_dim,
                                               centred, eps, false);
+  if (running_var && running_var->defined())
+    track(running_mean, running_var, batches, means, vars, number, (double)x.numel() / means.numel(), momentum, centred);
   const auto empty = [&] { return at::empty({0}, means.options()); };
   if (mean && mean->defined()) return {y, empty(), empty(), empty()};  // an operator returns nothing that it was given
   return {y, means, vars, number};
@@ -207,7 +235,7 @@ Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& wei
     const Tensor gradient = at::empty({layout.channels}, options);
     std::memcpy(gradient.mutable_data_ptr<float>(), shares.data.data() + which * layout.channels,
                 layout.channels * sizeof(float));
-    return given && given->defined() ? gradient.to(given->scalar_type()).view(given->sizes()) : gradient;
+    return given && given->scalar_type() != at::kFloat ? gradient.to(given->scalar_type()) : gradient;
   };
   if (what == Do::sums || (weight && weight->defined())) out.weight = parameter(0, weight);
   if (what == Do::sums || (bias && bias->defined())) out.bias = parameter(1, bias);
@@ -242,8 +270,8 @@ Tensor gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Ma
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
 using Standardize = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&,
-    c10::IntArrayRef, int64_t, bool, double, bool);
+    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&,
+    const Maybe&, const Maybe&, c10::IntArrayRef, int64_t, bool, double, bool, double);
 using StandardizeBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, const Tensor&,
     const Maybe&, c10::IntArrayRef, int64_t, bool, double, bool);
@@ -256,12 +284,13 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 struct Node : torch::autograd::Function<Node> {
   static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
-      const Maybe& floor, const Maybe& mask, const Maybe& mean, const Maybe& var, c10::IntArrayRef axes,
-      int64_t channel_dim, bool centred, double eps, bool constant) {
+      const Maybe& floor, const Maybe& mask, const Maybe& mean, const Maybe& var, const Maybe& running_mean,
+      const Maybe& running_var, const Maybe& batches, c10::IntArrayRef axes, int64_t channel_dim, bool centred,
+      double eps, bool constant, double momentum) {
     static const auto op = find<Standardize>("normzoo::standardize");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, means, vars, number] = op.call(x, weight, bias, floor, mask, mean, var, axes, channel_dim, centred, eps,
-                                            constant);
+    auto [y, means, vars, number] = op.call(x, weight, bias, floor, mask, mean, var, running_mean, running_var, batches,
+                                            axes, channel_dim, centred, eps, constant, momentum);
     const bool known = mean && mean->defined();
     const auto plain = [](const Maybe& t) { return t ? *t : Tensor(); };
     // the values of bias and floor are needed only where the floor decides what passes
@@ -275,7 +304,7 @@ struct Node : torch::autograd::Function<Node> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    torch::autograd::variable_list out(12);
+    torch::autograd::variable_list out(16);
     if (!grads[0].defined()) return out;
     static const auto op = find<StandardizeBackward>("normzoo::standardize_backward");
     const auto saved = ctx->get_saved_variables();
@@ -304,8 +333,10 @@ struct Node : torch::autograd::Function<Node> {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_autograd(
     const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask, const Maybe& mean,
-    const Maybe& var, c10::IntArrayRef axes, int64_t channel_dim, bool centred, double eps, bool constant) {
-  auto out = Node::apply(x, weight, bias, floor, mask, mean, var, axes, channel_dim, centred, eps, constant);
+    const Maybe& var, const Maybe& running_mean, const Maybe& running_var, const Maybe& batches, c10::IntArrayRef axes,
+    int64_t channel_dim, bool centred, double eps, bool constant, double momentum) {
+  auto out = Node::apply(x, weight, bias, floor, mask, mean, var, running_mean, running_var, batches, axes, channel_dim,
+                         centred, eps, constant, momentum);
   return {out[0], out[1], out[2], out[3]};
 }
 
@@ -314,7 +345,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_autograd(
 TORCH_LIBRARY_FRAGMENT(normzoo, m) {
   m.def(
       "standardize(Tensor x, Tensor? weight, Tensor? bias, Tensor? floor, Tensor? mask, Tensor? mean, Tensor? var, "
-      "int[] axes, int channel_dim, bool centred, float eps, bool constant) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches, int[] axes, int channel_dim, "
+      "bool centred, float eps, bool constant, float momentum) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "standardize_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? floor, Tensor? mask, "
       "Tensor mean, Tensor var, Tensor? number, int[] axes, int channel_dim, bool centred, float eps, bool constant) "

@@ -17,25 +17,38 @@ struct Axis {
   int64_t mask;     // stride in the mask, 0 for channels
 };
 
-// Where the runs along some axes begin: in memory, among the channels and in the mask.
-struct Starts {
-  std::vector<int64_t> memory{0}, channel{0}, mask{0};
+// Where a run begins: in memory, among the channels and in the mask.
+struct Start {
+  int64_t memory = 0, channel = 0, mask = 0;
+};
 
-  int64_t size() const { return (int64_t)memory.size(); }
+// The starts of the runs along some axes, the last of which is the fastest.
+struct Starts {
+  struct Step {
+    int64_t size;
+    Start stride;
+  };
+  std::vector<Step> steps;
+  int64_t number = 1;
+
+  int64_t size() const { return number; }
 
   void cross(const Axis& axis, int64_t stride) {
-    const auto before = *this;
-    const size_t n = before.memory.size() * axis.size;
-    for (auto* list : {&memory, &channel, &mask}) {
-      list->clear();
-      list->reserve(n);
+    steps.push_back({axis.size, {stride, axis.channel, axis.mask}});
+    number *= axis.size;
+  }
+
+  Start operator[](int64_t i) const {
+    Start at;
+    for (size_t j = steps.size(); j-- > 0;) {
+      const auto& [size, stride] = steps[j];
+      const int64_t whole = j > 0 ? i / size : 0, index = i - whole * size;  // few divisions: most have one axis
+      at.memory += index * stride.memory;
+      at.channel += index * stride.channel;
+      at.mask += index * stride.mask;
+      i = whole;
     }
-    for (size_t i = 0; i < before.memory.size(); ++i)
-      for (int64_t j = 0; j < axis.size; ++j) {
-        memory.push_back(before.memory[i] + j * stride);
-        channel.push_back(before.channel[i] + j * axis.channel);
-        mask.push_back(before.mask[i] + j * axis.mask);
-      }
+    return at;
   }
 };
 
@@ -59,6 +72,10 @@ struct Plan {
   int64_t count = 1;             // elements of one statistic
   std::vector<int64_t> shape;    // of the statistics, in the order of the memory
 
+  Start at(int64_t k, int64_t r) const {
+    const Start a = kept[k], b = reduced[r];
+    return {a.memory + b.memory, a.channel + b.channel, a.mask + b.mask};
+  }
   int64_t statistics() const { return kept.size() * (family == Family::runs ? 1 : groups); }
 };
 

@@ -1,4 +1,5 @@
-// Sixteen floats at a time, in the vector types of GCC and Clang: one source for AVX-512, AVX2 and NEON.
+// As many floats at a time as a register holds, in the vector types of GCC and Clang: one source for AVX-512, AVX2 and
+// NEON. Wider types than the machine's are compiled badly.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -6,6 +7,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -13,15 +16,34 @@
 
 namespace normzoo {
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef uint8_t vb __attribute__((vector_size(16)));
-
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vu __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
 #define NORMZOO_INLINE inline __attribute__((always_inline))
+
+// Floats that begin with a cache line: a vector that crosses one is read twice.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <class U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+};
+using Floats = std::vector<float, Aligned<float>>;
 
 // How much of a vector is meant: all of it, or the first lanes of it.
 struct Full {};
@@ -30,13 +52,6 @@ struct Tail {
 };
 
 NORMZOO_INLINE vf splat(float x) { return x - vf{}; }
-
-// Zero in the lanes that are not meant.
-NORMZOO_INLINE vf only(vf v, Full) { return v; }
-NORMZOO_INLINE vf only(vf v, Tail part) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return (vf)((vi)v & (lane < (int32_t)part.lanes));
-}
 
 template <class V, class T>
 NORMZOO_INLINE V read(const T* p, Full) {
@@ -57,6 +72,13 @@ NORMZOO_INLINE void write(T* p, V v, Full) {
 template <class V, class T>
 NORMZOO_INLINE void write(T* p, V v, Tail part) {
   std::memcpy(p, &v, part.lanes * sizeof(T));
+}
+
+// Zero in the lanes that are not meant.
+NORMZOO_INLINE vf only(vf v, Full) { return v; }
+NORMZOO_INLINE vf only(vf v, Tail part) {
+  static constexpr int32_t kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vf)((vi)v & (read<vi>(kNumbers, Full{}) < (int32_t)part.lanes));
 }
 
 template <class Part>
@@ -98,6 +120,8 @@ NORMZOO_INLINE vf load(const c10::Half* p, Part part) {
   const vh half = read<vh>(p, part);
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps((__m128i)half);
 #else
   vf v;
   for (int64_t i = 0; i < kLanes; ++i) v[i] = c10::detail::fp16_ieee_to_fp32_value(half[i]);
@@ -108,6 +132,8 @@ template <class Part>
 NORMZOO_INLINE void store(c10::Half* p, vf v, Part part) {
 #if defined(__AVX512F__)
   write(p, (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part);
+#elif defined(__F16C__)
+  write(p, (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), part);
 #else
   vh half;
   for (int64_t i = 0; i < kLanes; ++i) half[i] = c10::detail::fp16_ieee_from_fp32_value(v[i]);
@@ -125,11 +151,18 @@ NORMZOO_INLINE float sum(vf v) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  typedef float v4 __attribute__((vector_size(16)));
-  v4 q[4];
-  std::memcpy(q, &v, sizeof(v));
-  const v4 s = (q[0] + q[1]) + (q[2] + q[3]);
-  return (s[0] + s[1]) + (s[2] + s[3]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+#endif
+}
+
+NORMZOO_INLINE vf root(vf v) {
+#ifdef __AVX512F__
+  return (vf)_mm512_sqrt_ps((__m512)v);
+#else
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
 #endif
 }
 
