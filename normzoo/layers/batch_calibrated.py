@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from normzoo import ops
 from normzoo.layers.base import MomentNorm, Paper, Traits, choose_groups
-from normzoo.layers.parts import BATCH, SAMPLE, BatchFormulaNorm, column, mean, moments, total
-from normzoo.ops import Pattern
+from normzoo.layers.parts import BATCH, SAMPLE, BatchCellNorm, BatchFormulaNorm, column, mean, moments, total
+from normzoo.ops import Moments, Pattern
 from normzoo.registry import register
 
 
@@ -173,7 +173,7 @@ class RepresentativeBatchNorm(BatchFormulaNorm):
 
 
 @register("instance_enhancement_batch_norm", aliases=("iebn",))
-class InstanceEnhancementBatchNorm(BatchFormulaNorm):
+class InstanceEnhancementBatchNorm(BatchCellNorm):
     r"""Batch norm whose gain is gated, for each channel of each sample, by the mean of the sample's input.
 
     .. math:: y = \gamma\, \operatorname{sigmoid}(\hat\gamma\, \bar x + \hat\beta)\,
@@ -237,10 +237,14 @@ class InstanceEnhancementBatchNorm(BatchFormulaNorm):
         """Those of batch norm without its invariances, which the gate takes away, and its causality."""
         return Traits(batch_dependent=True, causal=False, causal_in_training=False, stateful=self.track_running_stats)
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights of the gate."""
+        return self.gate_weight, self.gate_bias
+
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
         """Standardise and gate."""
-        gate = torch.sigmoid(column(self.gate_weight) * mean(x, mask, SAMPLE) + column(self.gate_bias))
-        return super().formula(x, mask) * gate
+        weight, bias = (column(p) for p in tensors)
+        return batch.mean, torch.rsqrt(batch.var + self.eps) * torch.sigmoid(weight * own.mean + bias), 0.0
 
 
 @register("batch_channel_norm", aliases=("bcn", "batch_channel_normalization"))

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from normzoo.layers.base import Paper
-from normzoo.layers.parts import BatchFormulaNorm
+from normzoo.layers.parts import BatchCellNorm
+from normzoo.ops import Moments
+from normzoo.ops.cells import pool
 from normzoo.registry import register
 
 
 @register("extended_batch_norm", aliases=("ebn",), contrib=True)
-class ExtendedBatchNorm(BatchFormulaNorm):
+class ExtendedBatchNorm(BatchCellNorm):
     r"""Centre each channel over the batch; divide all of them by one standard deviation, over the channels too.
 
     .. math:: y = \gamma_c \frac{x - \mu_c}{\sqrt{\sigma^2 + \varepsilon}} + \beta_c, \qquad
@@ -41,8 +43,6 @@ class ExtendedBatchNorm(BatchFormulaNorm):
 
     paper = Paper("Luo et al.", 2020, "Extended Batch Normalization", "2003.05569")
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
         """The variance of all from those of the channels, which can be merged, masked and averaged over time."""
-        centre, var = self.statistics(x, mask)
-        spread = (var + (centre - centre.mean(1, keepdim=True)).square()).mean(1, keepdim=True)
-        return (x - centre) * torch.rsqrt(spread + self.eps)
+        return batch.mean, torch.rsqrt(pool(batch, 1).var + self.eps).expand_as(batch.mean), 0.0

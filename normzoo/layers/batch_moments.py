@@ -11,7 +11,7 @@ from torch import Tensor
 from normzoo import ops
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import MomentNorm, Paper, Traits
-from normzoo.layers.parts import BATCH, BatchFormulaNorm, column, mean, total
+from normzoo.layers.parts import BATCH, BatchCellNorm, BatchFormulaNorm, column, mean, total
 from normzoo.ops import Moments
 from normzoo.registry import register
 
@@ -19,7 +19,7 @@ from normzoo.registry import register
 
 
 @register("mean_only_batch_norm", aliases=("mean_only_bn", "mobn"))
-class MeanOnlyBatchNorm(BatchFormulaNorm):
+class MeanOnlyBatchNorm(BatchCellNorm):
     r"""Subtract each channel's batch mean; do not divide.
 
     .. math:: y = x - \mu_c + \beta_c, \qquad \mu_c \text{ over samples and positions}
@@ -93,22 +93,17 @@ class MeanOnlyBatchNorm(BatchFormulaNorm):
         centre = self.recall("running_mean")
         return Moments(centre, torch.ones_like(centre), 1.0)
 
-    def measure(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mean, and a squared scale of one."""
-        centre = mean(x, mask, BATCH)
-        return centre, torch.ones_like(centre)
-
     def update(self, moments: Moments) -> None:
         """Count a training batch into the running mean."""
         self.track(moments.number, {"running_mean": moments.mean})
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
         """Subtract the mean."""
-        return x - self.statistics(x, mask)[0]
+        return batch.mean, torch.ones_like(batch.mean), 0.0
 
 
 @register("variance_norm", aliases=("variance_only_batch_norm", "vn"))
-class VarianceNorm(BatchFormulaNorm):
+class VarianceNorm(BatchCellNorm):
     r"""Divide each channel by its batch standard deviation; do not centre.
 
     .. math:: y = \gamma_c \frac{x}{\sqrt{\sigma_c^2 + \varepsilon}} + \beta_c, \qquad
@@ -152,9 +147,9 @@ class VarianceNorm(BatchFormulaNorm):
             stateful=self.track_running_stats, scale_invariant=True,
         )  # fmt: skip
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
         """Divide by the standard deviation."""
-        return x * torch.rsqrt(self.statistics(x, mask)[1] + self.eps)
+        return torch.zeros_like(batch.mean), torch.rsqrt(batch.var + self.eps), 0.0
 
 
 # ---- other deviations ------------------------------------------------------------------------------------------------

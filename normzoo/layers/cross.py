@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from normzoo.errors import OptionError
 from normzoo.layers.base import Paper, Traits
-from normzoo.layers.parts import WholeFormulaNorm, column, moments
+from normzoo.layers.parts import CellNorm, WholeFormulaNorm, column, moments
+from normzoo.ops import Moments
 from normzoo.registry import register
 
 _PAPER = Paper("Tang et al.", 2021, "CrossNorm and SelfNorm for Generalization under Distribution Shifts", "2102.02811")
@@ -112,7 +113,7 @@ class CrossNorm(WholeFormulaNorm):
 
 
 @register("self_norm", aliases=("selfnorm",), contrib=True)
-class SelfNorm(WholeFormulaNorm):
+class SelfNorm(CellNorm):
     r"""Turn the mean and the deviation of each channel up or down, as they themselves say.
 
     .. math:: y = g_c(\mu_{b,c}, \sigma_{b,c})\, (x - \mu_{b,c}) + f_c(\mu_{b,c}, \sigma_{b,c})\, \mu_{b,c}
@@ -166,12 +167,14 @@ class SelfNorm(WholeFormulaNorm):
         """Positions of a sample share a statistic; the gates know its size."""
         return Traits(batch_dependent=False, causal=False, causal_in_training=False)
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights of both gates."""
+        return self.f_weight, self.f_bias, self.g_weight, self.g_bias
+
+    def coefficients(self, own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate the moments."""
-        mu, var = moments(x, mask, (2,))
-        std = (var + self.eps).sqrt()
+        std = (own.var + self.eps).sqrt()
         f, g = (
-            (column(w[0]) * mu + column(w[1]) * std + column(b)).sigmoid()
-            for w, b in ((self.f_weight, self.f_bias), (self.g_weight, self.g_bias))
+            (column(w[0]) * own.mean + column(w[1]) * std + column(b)).sigmoid() for w, b in (tensors[:2], tensors[2:])
         )
-        return g * (x - mu) + f * mu
+        return own.mean, g, f * own.mean

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from normzoo.errors import OptionError
 from normzoo.layers.base import Norm, Paper, Traits
 from normzoo.layers.batch import BatchNorm
-from normzoo.layers.parts import SAMPLE, BatchFormulaNorm, column, gate_weights, moments, wide
+from normzoo.layers.parts import BatchCellNorm, column, gate_weights, wide
 from normzoo.layers.sample import InstanceNorm
-from normzoo.ops import affine
+from normzoo.ops import Moments, affine
+from normzoo.ops.cells import pool
 from normzoo.registry import register
 
 
-class MixingNorm(BatchFormulaNorm):
+class MixingNorm(BatchCellNorm):
     """Batch norm mixed with norms of each sample: abstract."""
 
     @property
@@ -56,14 +57,17 @@ class MixedMomentsNorm(MixingNorm):
         """Three shares that sum to one, for instance, layer and batch norm."""
         return wide(weights).softmax(0)
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The shares of the means and of the variances."""
+        return self.shares(self.mean_weight), self.shares(self.var_weight)
+
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
         """Standardise by the mixed moments."""
-        p, q = self.shares(self.mean_weight), self.shares(self.var_weight)
-        mu_in, var_in = moments(x, mask, SAMPLE)
-        mu_ln, var_ln = moments(x, mask, (1, 2))
-        mu, var = self.statistics(x, mask)
-        mixed = q[0] * var_in + q[1] * var_ln + q[2] * var
-        return (x - (p[0] * mu_in + p[1] * mu_ln + p[2] * mu)) * torch.rsqrt(mixed + self.eps)
+        (p_own, p_layer, p_batch), (q_own, q_layer, q_batch) = (shares.unbind() for shares in tensors)
+        layer = pool(own, 1)
+        centre = p_own * own.mean + p_layer * layer.mean + p_batch * batch.mean
+        var = q_own * own.var + q_layer * layer.var + q_batch * batch.var
+        return centre, torch.rsqrt(var + self.eps), 0.0
 
 
 @register("switchable_norm", aliases=("sn",))
@@ -297,14 +301,17 @@ class BatchInstanceNorm(MixingNorm):
         )  # fmt: skip
         self.gate = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Both, in the shares of the gate."""
-        mu_in, var_in = moments(x, mask, SAMPLE)
-        mu, var = self.statistics(x, mask)
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The share of batch norm."""
         gate = column(self.gate)
-        share = gate + (gate.clamp(0, 1) - gate).detach()
-        batch = (x - mu) * torch.rsqrt(var + self.eps)
-        return share * batch + (1 - share) * ((x - mu_in) * torch.rsqrt(var_in + self.eps))
+        return (gate + (gate.clamp(0, 1) - gate).detach(),)
+
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both, in the shares of the gate."""
+        (share,) = tensors
+        by_batch = share * torch.rsqrt(batch.var + self.eps)
+        by_itself = (1 - share) * torch.rsqrt(own.var + self.eps)
+        return own.mean, by_batch + by_itself, by_batch * (own.mean - batch.mean)
 
 
 class _InstanceHalf(InstanceNorm):
@@ -406,7 +413,8 @@ class IBN(Norm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise the halves apart."""
         self.check_input(x, mask)
-        first, second = x.split(self.halves, self.channel_dim)
+        # copies lie densely, in the order of the whole: with that a norm keeps the layout of what it gets
+        first, second = (half.clone() for half in x.split(self.halves, self.channel_dim))
         return torch.cat([self.instance(first, mask), self.batch(second, mask)], self.channel_dim)
 
 
@@ -482,18 +490,21 @@ class ExemplarNorm(MixingNorm):
         self.first = gate_weights(hidden, 9, **factory)
         self.second = nn.Parameter(torch.zeros(3, hidden, **factory))
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The weights of the gate."""
+        return self.narrow, self.first, self.second
+
+    def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Standardise three times, in the shares of the sample."""
-        own, own_var = moments(x, mask, SAMPLE)
-        pairs = [(own, own_var), moments(x, mask, (1, 2)), self.statistics(x, mask)]
-        scaled = [(m, torch.rsqrt(v + self.eps)) for m, v in pairs]
-        z = torch.stack([_times(((own - m) * inverse).squeeze(2), self.narrow) for m, inverse in scaled], 1)
+        narrow, first, second = tensors
+        # how far the mean of a cell is from each of the three, and what this is divided by
+        scaled = [(own.mean - m, torch.rsqrt(v + self.eps)) for m, v, _ in (own, pool(own, 1), batch)]
+        z = torch.stack([_times((off * inverse).squeeze(2), narrow) for off, inverse in scaled], 1)
         gram = (z.unsqueeze(1) * z.unsqueeze(2)).sum(3)
-        shares = _times(_times(gram.flatten(1), self.first).tanh(), self.second).softmax(1)
-        y = torch.zeros_like(x)
-        for k, (m, inverse) in enumerate(scaled):
-            y = y + shares[:, k, None, None] * ((x - m) * inverse)
-        return y
+        shares = _times(_times(gram.flatten(1), first).tanh(), second).softmax(1)
+        scales = [shares[:, k, None, None] * inverse for k, (_, inverse) in enumerate(scaled)]
+        shifts = [scale * off for scale, (off, _) in zip(scales, scaled, strict=True)]
+        return own.mean, scales[0] + scales[1] + scales[2], shifts[0] + shifts[1] + shifts[2]
 
 
 def _times(x: Tensor, weights: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from normzoo.layers.base import FormulaNorm, MomentNorm, Traits, world_size
 from normzoo.ops import Moments, wide
+from normzoo.ops.cells import cellwise, pool
 from normzoo.ops.sync import merge
 
 BATCH = (0, 2)
@@ -195,6 +197,86 @@ class BatchFormulaNorm(FormulaNorm, MomentNorm):
     def extra_repr(self) -> str:
         """The options that differ from their defaults, and the choices that were made."""
         return MomentNorm.extra_repr(self)
+
+
+class CellNorm(FormulaNorm):
+    r"""A norm that centres, scales and shifts each channel of each sample as the moments of these say.
+
+    .. math:: y = \gamma_c \big((x - m_{bc})\, a_{bc} + h_{bc}\big) + \beta_c
+
+    A subclass gives the coefficients, and the tensors in them that are learned; :func:`~normzoo.ops.cells.cellwise`
+    does the rest, by compiled kernels where there are any.
+    """
+
+    @abstractmethod
+    def coefficients(self, own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Centre, scale and shift from the moments of each sample over positions, each ``(b, c, 1)``."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What :meth:`coefficients` gets besides: all tensors in it that may need a gradient."""
+        return ()
+
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Measure and rescale."""
+        return cellwise(
+            x, mask, channels_last, self.coefficients, self.tensors(), weight=self.weight, bias=self.bias
+        )[0]  # fmt: skip
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The norm without its affine part."""
+        return cellwise(x, None if mask is None else mask.squeeze(1), False, self.coefficients, self.tensors())[0]
+
+
+class BatchCellNorm(BatchFormulaNorm):
+    r"""A norm as :class:`CellNorm` whose coefficients know the moments of the batch as well, or the running ones."""
+
+    @abstractmethod
+    def coefficients(
+        self, own: Moments, batch: Moments, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
+        """Centre, scale and shift from the moments of each sample, ``(b, c, 1)``, and of the batch, ``(1, c, 1)``."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What :meth:`coefficients` gets besides: all tensors in it that may need a gradient."""
+        return ()
+
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Measure, rescale and count the batch."""
+        if not self.evaluates:
+            self.check_count(x, mask, channels_last)
+        return self._count(x, mask, channels_last, self.weight, self.bias)
+
+    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The norm without its affine part."""
+        return self._count(x, None if mask is None else mask.squeeze(1), False, None, None)
+
+    def _count(
+        self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        running = self._running() if self.evaluates else None
+
+        def coefficients(own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+            return self.coefficients(own, running or self._batch(own), *tensors)
+
+        y, own = cellwise(x, mask, channels_last, coefficients, self.tensors(), weight=weight, bias=bias)
+        if self.counts:
+            mean, var, number = self._batch(own)
+            self.update(Moments(mean.flatten(), var.flatten(), _flat(number)))
+        return y
+
+    def _running(self) -> Moments:
+        centre, squared_scale, number = self.population()
+        return Moments(column(centre), column(squared_scale), number)
+
+    def _batch(self, own: Moments) -> Moments:
+        batch = pool(own, 0)
+        if self.sync and self.training and world_size(self.process_group) > 1:
+            return Moments(*merge(*batch, self.process_group))
+        return batch
+
+
+def _flat(number: Tensor | float) -> Tensor | float:
+    return number.flatten() if isinstance(number, Tensor) else number
 
 
 class HistoryNorm(BatchFormulaNorm):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from normzoo.errors import NormzooError, OptionError
 from normzoo.layers.base import FormulaNorm, MomentNorm, Norm, Paper, Traits
-from normzoo.layers.parts import PER_POSITION_SCALED, moments, wide
+from normzoo.layers.parts import PER_POSITION_SCALED, CellNorm, moments, wide
 from normzoo.layers.rms import unit
 from normzoo.layers.sample import InstanceNorm
+from normzoo.ops import Moments
 from normzoo.registry import register
 
 _STANDARDIZED = Traits(
@@ -299,7 +300,7 @@ class UnitNorm(FormulaNorm):
 
 
 @register("revin", aliases=("reversible_instance_norm",))
-class RevIN(FormulaNorm):
+class RevIN(CellNorm):
     r"""Instance norm of a time series that a forecast is given back to.
 
     .. math:: y = \gamma_c \frac{x - \mu_{b,c}}{\sqrt{\sigma_{b,c}^2 + \varepsilon}} + \beta_c, \qquad
@@ -365,8 +366,8 @@ class RevIN(FormulaNorm):
             batch_dependent=False, causal=False, causal_in_training=False, scale_invariant=True, shift_invariant=True
         )
 
-    def statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of ``(b, c, s)`` over positions.
+    def check_positions(self, x: Tensor, mask: Tensor | None) -> None:
+        """Refuse a single position of ``(b, c, s)``.
 
         Raises:
             NormzooError: for a single position.
@@ -376,15 +377,18 @@ class RevIN(FormulaNorm):
                 f"RevIN got one position from input with {len(x)} samples and {x.shape[1]} channels: centred, it is "
                 "zero whatever the input. Expected a time series, (N, C, T) with channel_dim=1 or (N, T, C) with -1"
             )
-        mu, var = moments(x, mask, (2,))
+
+    def coefficients(self, own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Standardise each series."""
+        mu, var, _ = own
         if self.variant == "official":
             mu, var = mu.detach(), var.detach()
-        return mu, (var + self.eps).sqrt()
+        return mu, torch.rsqrt(var + self.eps), 0.0
 
-    def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Standardise each series."""
-        mu, std = self.statistics(x, mask)
-        return (x - mu) / std
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """Standardise each series, of more than one position."""
+        self.check_positions(x.mT if channels_last else x, mask)
+        return super().normalize(x, mask, channels_last)
 
     def with_moments(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The output, and the mean and standard deviation of each series: ``x`` with one position."""
@@ -395,8 +399,10 @@ class RevIN(FormulaNorm):
             z = torch.where(mask, z, 0)
         shape = [len(x)] + [1] * (x.ndim - 1)
         shape[self.channel_dim] = self.num_features
-        mu, std = self.statistics(z, mask)
-        return y, mu.view(shape), std.view(shape)
+        mu, var = moments(z, mask, (2,))
+        if self.variant == "official":
+            mu, var = mu.detach(), var.detach()
+        return y, mu.view(shape), (var + self.eps).sqrt().view(shape)
 
     def denormalize(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Put ``y``, a forecast of any length, back into the moments of the input."""

@@ -20,6 +20,7 @@ from normzoo.layers.parts import (
     safe_sqrt,
     wide,
 )
+from normzoo.ops.cells import thresholded
 from normzoo.registry import register
 
 
@@ -329,6 +330,14 @@ class FilterResponseNorm(WholeFormulaNorm):
             includes_activation=self.tlu,
         )
 
+    def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
+        """In one compiled operation where there is one for the input; it takes no learned eps."""
+        y = None
+        if self.eps_l is None:
+            floor = self.tau if self.tau is not None else x.new_zeros(self.num_features) if self.tlu else None
+            y = thresholded(x, mask, channels_last, floor, eps=self.eps, weight=self.weight, bias=self.bias)
+        return super().normalize(x, mask, channels_last) if y is None else y
+
     def formula(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Normalise, scale, shift, threshold."""
         eps = self.eps if self.eps_l is None else self.eps + wide(self.eps_l).abs()
@@ -336,7 +345,8 @@ class FilterResponseNorm(WholeFormulaNorm):
         y = ops.affine(y, self.weight, self.bias, channels_last=False)
         if not self.tlu:
             return y
-        return y.relu() if self.tau is None else torch.maximum(y, column(self.tau))
+        floor = y.new_zeros(()) if self.tau is None else column(self.tau)
+        return torch.where(y < floor, floor, y)  # what is equal to the threshold passes, as in the compiled operation
 
     def extra_repr(self) -> str:
         """With the choice of activation and eps."""

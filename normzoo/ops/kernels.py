@@ -1,6 +1,6 @@
 """The compiled CPU kernels: built once with the machine's own compiler, then loaded from the cache.
 
-They are built on first use, which takes about half a minute and says so. Where there is no compiler everything works
+They are built on first use, which takes about a minute and says so. Where there is no compiler everything works
 without them, on torch's kernels and on the formulas.
 """
 
@@ -76,7 +76,7 @@ def _load() -> bool:
     now = status()
     if now.state == "not built":
         print(
-            "normzoo: compiling its CPU kernels, once, about half a minute (NORMZOO_KERNELS=0 does without)",
+            "normzoo: compiling its CPU kernels, once, about a minute (NORMZOO_KERNELS=0 does without)",
             file=sys.stderr,
         )
         try:
