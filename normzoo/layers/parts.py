@@ -253,15 +253,19 @@ class BatchCellNorm(BatchFormulaNorm):
     def _count(
         self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        running = self._running() if self.evaluates else None
+        running, batches = self._running() if self.evaluates else None, []
 
         def coefficients(own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-            return self.coefficients(own, running or self._batch(own), *tensors)
+            batch = running or self._batch(own)
+            if not batches:  # a second derivative comes here again
+                batches.append(batch)
+            return self.coefficients(own, batch, *tensors)
 
-        y, own = cellwise(x, mask, channels_last, coefficients, self.tensors(), weight=weight, bias=bias)
+        y, _ = cellwise(x, mask, channels_last, coefficients, self.tensors(), weight=weight, bias=bias)
         if self.counts:
-            mean, var, number = self._batch(own)
-            self.update(Moments(mean.flatten(), var.flatten(), _flat(number)))
+            mean, var, number = batches[0]
+            number = number.flatten() if isinstance(number, Tensor) else number
+            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), number))
         return y
 
     def _running(self) -> Moments:
@@ -273,10 +277,6 @@ class BatchCellNorm(BatchFormulaNorm):
         if self.sync and self.training and world_size(self.process_group) > 1:
             return Moments(*merge(*batch, self.process_group))
         return batch
-
-
-def _flat(number: Tensor | float) -> Tensor | float:
-    return number.flatten() if isinstance(number, Tensor) else number
 
 
 class HistoryNorm(BatchFormulaNorm):

@@ -83,7 +83,7 @@ def standardize(
     if rescale is not None:
         own = _moments(torch.ops.normzoo.moments.default(x.detach(), mask, axes, channel_dim, centred, eps), x)
         weight, bias = rescale(own)
-    known = given or own
+    known = given or (own if mask is None else None)  # the gradient needs the numbers that a mask leaves
     y, *results = torch.ops.normzoo.standardize.default(
         x, weight, bias, None, mask, None if known is None else known.mean, None if known is None else known.var,
         mean, var, batches, axes, channel_dim, centred, eps, given is not None, momentum,
@@ -180,6 +180,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     """Differentiate the formula twice."""
     dy, x, weight, bias, floor, mask, mean, var = ctx.saved_tensors
     axes, channel_dim, centred, eps, constant = ctx.options
+    again = torch.is_grad_enabled()  # a third derivative is wanted
     with torch.enable_grad():
 
         def leaf(t: Tensor) -> Tensor:
@@ -195,7 +196,6 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         arrived = [g for g, t in zip(grads, (x, *parameters), strict=True) if t is not None]
         pairs = [(out, g) for out, g in zip(first, arrived, strict=True) if g is not None and out.requires_grad]
         outputs, gradients = [out for out, _ in pairs], [g for _, g in pairs]
-        again = any(g.requires_grad for g in gradients)
         second = iter(torch.autograd.grad(outputs, [dy, *inputs], gradients, create_graph=again, allow_unused=True))
     to_dy, to_x = next(second), next(second)
     return to_dy, to_x, *(None if p is None else next(second) for p in parameters), *([None] * 9)
@@ -230,7 +230,7 @@ def formula(
     along = (-1,) if channels_last else (-1, 1)
     y = y if weight is None else y * weight.view(along)
     y = y if bias is None else y + bias.view(along)
-    y = y if floor is None else torch.maximum(y, floor.view(along))
+    y = y if floor is None else torch.where(y < floor.view(along), floor.view(along), y)
     y = y if real is None else torch.where(real.unsqueeze(-1 if channels_last else 1), y, 0)
     y = (y.mT if moved != (channel_dim == -1) else y).to(x.dtype)
     return y.reshape(shape)

@@ -330,10 +330,11 @@ struct RunsBackward {
         const int64_t n = std::min(kBlock, plan.width - start);
         const T *x = args.x + at + start, *dy = args.dy + at + start;
         vectors(n, [&](int64_t i, int j, auto whole) {
-          const vf off = load(x + i, whole) - mean;
+          vf off = load(x + i, whole) - mean;
+          if constexpr (kMask) off = where(mask + start + i, off, whole);  // no NaN from there
           const vf g = gradient(dy + i, kMask ? mask + start + i : nullptr, off, scale, bias, floor, whole);
           sums.a[j] += g;
-          sums.b[j] += kMask ? (vf)((vi)(g * off) & (g != 0)) : g * off;
+          sums.b[j] += g * off;
           if constexpr (kLimited) {
             vf whole_g = load(dy + i, whole);
             if constexpr (kMask) whole_g = where(mask + start + i, whole_g, whole);
@@ -494,7 +495,7 @@ void rows_backward(const Plan& plan, const Backward<T>& args) {
             args.product[which] = s2;
             continue;
           }
-          if (!args.constant) q = -rstd * rstd * rstd * s2 / n;
+          if (!args.constant) q = -(s2 * rstd / n) * rstd * rstd;  // in this order: the cube of a scale leaves float32
           if (!args.constant && args.centred) r = -rstd * s1 / n;
         } else {
           p = args.p[which], q = args.q[which], r = args.r[which];
@@ -726,6 +727,8 @@ struct ColumnsForward : Columns<kAcross, kMask> {
       return false;
     }
     float *means = args.mean + first, *vars = args.var + first;
+    float* apart = part.at(kMean);  // the mean of a column, from its shift
+    std::copy_n(off, n, apart);
     vectors(n, [&](int64_t i, int, auto whole) {  // the mean of the column; zero where nothing is real
       const vf count = kEach ? load(number + i, whole) : splat((float)part.rows);
       const vf mean = load(off + i, whole) + load(from + i, whole), spread = load(var + i, whole);
@@ -735,17 +738,22 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     if (statistics == n) {
       std::copy_n(off, n, means);
       std::copy_n(var, n, vars);
-    } else {
+    } else if (part.rows == 0) {
+      std::fill_n(means, statistics, 0.f);
+      std::fill_n(vars, statistics, 0.f);
+    } else {  // all from the shift of one column of the group: the means may be large and close to each other
       const float share = (float)statistics / (float)n;
-      std::vector<float> base(statistics);  // one mean of the group: they may be large
-      for (int64_t c = n; c-- > 0;) base[this->group(c)] = off[c];
-      std::fill(means, means + statistics, 0.f);
-      std::fill(vars, vars + statistics, 0.f);
-      for (int64_t c = 0; c < n; ++c) means[this->group(c)] += (off[c] - base[this->group(c)]) * share;
-      for (int64_t g = 0; g < statistics; ++g) means[g] = args.centred ? means[g] + base[g] : 0;
+      std::vector<float> base(statistics), middle(statistics);
+      for (int64_t c = n; c-- > 0;) base[this->group(c)] = from[c];
       for (int64_t c = 0; c < n; ++c) {
-        const float apart = off[c] - means[this->group(c)];
-        vars[this->group(c)] += (var[c] + apart * apart) * share;
+        apart[c] += from[c] - base[this->group(c)];
+        middle[this->group(c)] += apart[c] * share;
+      }
+      for (int64_t g = 0; g < statistics; ++g) means[g] = args.centred ? base[g] + middle[g] : 0;
+      std::fill_n(vars, statistics, 0.f);
+      for (int64_t c = 0; c < n; ++c) {
+        const float off_middle = args.centred ? apart[c] - middle[this->group(c)] : 0;
+        vars[this->group(c)] += (var[c] + off_middle * off_middle) * share;
       }
     }
     if (kMask)
@@ -963,14 +971,14 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
       this->gather(k, sums, a);
       this->gather(k, products, b);
     }
-    float *p = part.at(kP), *q = part.at(kQ), *r = part.at(kR), *number = part.at(kFloor);
+    float *p = part.at(kP), *q = part.at(kQ), *r = part.at(kR), *number = part.at(kAdd);
     if (args.number) this->gather(k, args.number + first, number);
     const bool moving = !args.constant;
     vectors(n, [&](int64_t i, int, auto whole) {
       const vf count = args.number ? at_least_one(load(number + i, whole)) : splat((float)this->plan.count);
       const vf factor = load(scale + i, whole), ratio = moving ? factor / count : vf{};
       store(p + i, factor * load(weight + i, whole), whole);
-      store(q + i, -ratio * factor * factor * load(b + i, whole), whole);
+      store(q + i, -(load(b + i, whole) * factor) * ratio * factor, whole);  // the cube would leave float32
       store(r + i, args.centred ? -ratio * load(a + i, whole) : vf{}, whole);
     });
     this->repeat(part, {kP, kQ, kR});

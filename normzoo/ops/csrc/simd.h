@@ -144,7 +144,13 @@ NORMZOO_INLINE void store(c10::Half* p, vf v, Part part) {
 // Zero where the mask is false.
 template <class Part>
 NORMZOO_INLINE vf where(const uint8_t* mask, vf v, Part part) {
+#if defined(__AVX512F__)
+  // GCC converts byte by byte; and a load under a mask register, which it may make of this, waits for the mask
+  const __m128i one = _mm_min_epu8((__m128i)read<vb>(mask, part), _mm_set1_epi8(1));
+  return (vf)((vi)v & -(vi)_mm512_cvtepu8_epi32(one));
+#else
   return (vf)((vi)v & (__builtin_convertvector(read<vb>(mask, part), vi) != 0));
+#endif
 }
 
 NORMZOO_INLINE float sum(vf v) {
