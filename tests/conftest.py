@@ -12,6 +12,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+collect_ignore = ["triton_hopper.py"]  # a program of test_triton.py, which needs Triton
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

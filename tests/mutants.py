@@ -418,7 +418,7 @@ class _Own(MomentNorm):
 
     moments = "b c s -> c"
 
-    def standardize(self, x, mask, channels_last, *, given=None, affine=True):
+    def standardize(self, x, mask, channels_last, *, given=None, affine=True, running=None):
         if mask is not None or given is not None:
             return super().standardize(x, mask, channels_last, given=given, affine=affine)
         z = x.mT if channels_last else x

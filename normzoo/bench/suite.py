@@ -283,7 +283,7 @@ def _write(out: Path, command: str, facts: Mapping[str, str], kept: Mapping[str,
     }
     rows = [row for found in kept.values() for row in found.rows]
     texts = {
-        out: json.dumps(record, indent=1) + "\n",
+        out: json.dumps(record) + "\n",
         out.with_suffix(".csv"): as_csv(rows),
         out.with_suffix(".inc"): page(record),
     }

@@ -435,8 +435,9 @@ class MomentNorm(CanonicalNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise; see the class."""
-        if type(self).normalize is not MomentNorm.normalize:
-            return super().forward(x, mask)
+        kind = type(self)
+        if kind.normalize is not MomentNorm.normalize or kind.standardize is not MomentNorm.standardize:
+            return super().forward(x, mask)  # another norm's own steps see the canonical form
         self.check_input(x, mask)
         return self.normalize(x, mask, self.channel_dim == -1)  # the operation takes any rank: no views to pay for
 

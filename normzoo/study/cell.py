@@ -28,6 +28,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 from normzoo import __version__, registry, tasks
 from normzoo.layers.base import parameter_roles
+from normzoo.ops import kernels
 from normzoo.study import store
 from normzoo.study.spec import NOWHERE, Cell
 
@@ -295,7 +296,13 @@ def processor() -> str:
 def _host(cell: Cell) -> dict[str, Any]:
     on_cuda = cell.accelerator == "cuda" and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_cuda else cell.accelerator
-    return {"platform": platform.platform(), "cpu": processor(), "threads": cell.threads, "accelerator": device}
+    return {
+        "platform": platform.platform(),
+        "cpu": processor(),
+        "threads": cell.threads,
+        "accelerator": device,
+        "kernels": kernels.status().state,  # with and without them results differ in the last bits
+    }
 
 
 def _peak_memory_mb(cell: Cell) -> float | None:
