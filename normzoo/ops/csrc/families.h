@@ -393,10 +393,12 @@ struct RunsBackward {
 // ---- rows: groups of adjacent channels, each reduced by itself ---------------------------------------------------
 
 template <class T>
-void rows_forward(const Plan& plan, const Forward<T>& args) {
+void rows_forward(const Plan& plan, const Forward<T>& given) {
   const int64_t n = plan.width / plan.groups;
+  const float share = 1.f / n, eps = (float)given.eps;
   const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
   at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
+    const auto args = given;  // of this thread: what is written cannot change it
     for (int64_t k = from; k < to; ++k) {
       const Start row = plan.kept[k];
       const bool real = !args.mask || args.mask[row.mask];
@@ -407,7 +409,7 @@ void rows_forward(const Plan& plan, const Forward<T>& args) {
         float mean = 0, scale, shift = 0;
         if (args.known) {
           mean = args.mean[which];
-          scale = args.scale ? args.scale[which] : 1 / std::sqrt(args.var[which] + (float)args.eps);
+          scale = args.scale ? args.scale[which] : 1 / std::sqrt(args.var[which] + eps);
           shift = args.shift ? args.shift[which] : 0;
         } else {
           float var = 0;
@@ -415,7 +417,7 @@ void rows_forward(const Plan& plan, const Forward<T>& args) {
             vf a[4] = {};
             if (args.centred) {
               vectors(n, [&](int64_t i, int j, auto whole) { a[j] += load(x + i, whole); });
-              mean = sum((a[0] + a[1]) + (a[2] + a[3])) / n;
+              mean = sum((a[0] + a[1]) + (a[2] + a[3])) * share;
             }
             const vf middle = splat(mean);
             vf b[4] = {};
@@ -423,12 +425,12 @@ void rows_forward(const Plan& plan, const Forward<T>& args) {
               const vf off = only(load(x + i, whole) - middle, whole);
               b[j] += off * off;
             });
-            var = sum((b[0] + b[1]) + (b[2] + b[3])) / n;
+            var = sum((b[0] + b[1]) + (b[2] + b[3])) * share;
           }
           args.mean[which] = mean;
           args.var[which] = var;
           if (args.number) args.number[which] = real ? n : 0;
-          scale = 1 / std::sqrt(var + (float)args.eps);
+          scale = 1 / std::sqrt(var + eps);
         }
         if (args.what == Do::sums) continue;
         T* y = args.y + row.memory + g * n;
@@ -448,10 +450,12 @@ void rows_forward(const Plan& plan, const Forward<T>& args) {
 }
 
 template <class T>
-void rows_backward(const Plan& plan, const Backward<T>& args) {
+void rows_backward(const Plan& plan, const Backward<T>& given) {
   const int64_t n = plan.width / plan.groups;
+  const float share = 1.f / n, eps = (float)given.eps;
   const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
   at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
+    const auto args = given;
     const int64_t width = (plan.width + kLanes - 1) / kLanes * kLanes;
     Floats block(2 * width);
     float *dweight = block.data(), *dbias = dweight + width;
@@ -474,7 +478,7 @@ void rows_backward(const Plan& plan, const Backward<T>& args) {
           continue;
         }
         const float *weight = args.weight + g * n;
-        const float rstd = 1 / std::sqrt(args.var[which] + (float)args.eps);
+        const float rstd = 1 / std::sqrt(args.var[which] + eps);
         const vf mean = splat(args.mean[which]), scale = splat(rstd);
         float p = rstd, q = 0, r = 0;
         if (args.what != Do::apply) {
@@ -495,8 +499,8 @@ void rows_backward(const Plan& plan, const Backward<T>& args) {
             args.product[which] = s2;
             continue;
           }
-          if (!args.constant) q = -(s2 * rstd / n) * rstd * rstd;  // in this order: the cube of a scale leaves float32
-          if (!args.constant && args.centred) r = -rstd * s1 / n;
+          if (!args.constant) q = -(s2 * rstd * share) * rstd * rstd;  // in this order: the cube of a scale leaves float32
+          if (!args.constant && args.centred) r = -rstd * s1 * share;
         } else {
           p = args.p[which], q = args.q[which], r = args.r[which];
         }

@@ -101,7 +101,13 @@ NORMZOO_INLINE void store(float* p, vf v, Part part) {
 
 template <class Part>
 NORMZOO_INLINE vf load(const c10::BFloat16* p, Part part) {
+#if defined(__AVX512F__)
+  return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)read<vh>(p, part)) << 16);
+#elif defined(__AVX2__)
+  return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)read<vh>(p, part)) << 16);
+#else
   return (vf)(__builtin_convertvector(read<vh>(p, part), vu) << 16);
+#endif
 }
 template <class Part>
 NORMZOO_INLINE void store(c10::BFloat16* p, vf v, Part part) {
