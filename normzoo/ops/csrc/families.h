@@ -417,7 +417,7 @@ void rows_forward(const Plan& plan, const Forward<T>& given) {
             vf a[4] = {};
             if (args.centred) {
               vectors(n, [&](int64_t i, int j, auto whole) { a[j] += load(x + i, whole); });
-              mean = sum((a[0] + a[1]) + (a[2] + a[3])) * share;
+              mean = sum((a[0] + a[1]) + (a[2] + a[3])) / n;  // exact for a constant
             }
             const vf middle = splat(mean);
             vf b[4] = {};
