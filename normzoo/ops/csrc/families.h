@@ -140,17 +140,20 @@ void drive(Work& work, int64_t tasks, int64_t reduced, int64_t elements, Do what
 
 // The same where the runs of a statistic lie far apart: in the order of the memory, with all statistics at once.
 template <class Work>
-void sweep(Work& work, int64_t tasks, int64_t reduced, Do what) {
+void sweep(Work& work, const Plan& plan, Do what) {
   using Part = decltype(work.part());
-  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), reduced);
-  const int64_t share = (reduced + threads - 1) / threads;
+  const int64_t tasks = plan.kept.size(), runs = tasks * plan.reduced.size();
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), runs);
+  const int64_t share = (runs + threads - 1) / threads;
   std::vector<std::vector<Part>> parts(threads, std::vector<Part>(tasks, work.part()));
   std::vector<char> settled(tasks, what == Do::apply);
   const auto each = [&](auto&& f) {
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i)
-        for (int64_t r = i * share; r < std::min(reduced, (i + 1) * share); ++r)
-          for (int64_t k = 0; k < tasks; ++k) f(parts[i], k, r);
+        for (int64_t place = i * share; place < std::min(runs, (i + 1) * share); ++place) {
+          const auto [k, r] = plan.run(place);
+          f(parts[i], k, r);
+        }
     });
   };
   for (int64_t k = 0; k < tasks; ++k) work.begin(k, parts[0][k]);
@@ -173,7 +176,7 @@ void drive_runs(Work& work, const Plan& plan, Do what) {
   const auto& steps = plan.reduced.steps;
   const bool apart = !steps.empty() && steps.back().stride.memory != plan.width;
   if (apart && plan.width <= 4 * kBlock)
-    sweep(work, plan.kept.size(), plan.reduced.size(), what);
+    sweep(work, plan, what);
   else
     drive(work, plan.kept.size(), plan.reduced.size(), plan.count * plan.statistics(), what);
 }

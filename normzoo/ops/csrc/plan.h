@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace normzoo {
@@ -69,12 +70,28 @@ struct Plan {
   int64_t groups = 1;            // rows, columns: statistics in one run
   std::vector<int32_t> group;    // columns across channels: the statistic of each channel
   Starts kept, reduced;          // the other axes
+  // the same axes in the order of the memory, with their strides among the kept and the reduced ones
+  struct Step {
+    int64_t size, kept, reduced;
+  };
+  std::vector<Step> order;
   int64_t count = 1;             // elements of one statistic
   std::vector<int64_t> shape;    // of the statistics, in the order of the memory
 
   Start at(int64_t k, int64_t r) const {
     const Start a = kept[k], b = reduced[r];
     return {a.memory + b.memory, a.channel + b.channel, a.mask + b.mask};
+  }
+  // The run at a place of the memory: its kept and its reduced index.
+  std::pair<int64_t, int64_t> run(int64_t place) const {
+    int64_t k = 0, r = 0;
+    for (size_t i = order.size(); i-- > 0;) {
+      const int64_t whole = i > 0 ? place / order[i].size : 0, index = place - whole * order[i].size;
+      k += index * order[i].kept;
+      r += index * order[i].reduced;
+      place = whole;
+    }
+    return {k, r};
   }
   int64_t statistics() const { return kept.size() * (family == Family::runs ? 1 : groups); }
 };
@@ -147,6 +164,11 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
   std::vector<int64_t> strides(inner);
   for (size_t i = inner; i-- > 0; stride *= axes[i].size) strides[i] = stride;
   for (size_t i = 0; i < inner; ++i) (axes[i].kept ? plan.kept : plan.reduced).cross(axes[i], strides[i]);
+  int64_t k = plan.kept.size(), r = plan.reduced.size();
+  for (size_t i = 0; i < inner; ++i) {
+    (axes[i].kept ? k : r) /= axes[i].size;
+    plan.order.push_back({axes[i].size, axes[i].kept ? k : 0, axes[i].kept ? 0 : r});
+  }
 
   if (!plan.across && !any_kept) return plan;
   plan.groups = 1;
