@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import normzoo as nz
-from normzoo.ops import Moments, backend, cells, cpu
+from normzoo.ops import Moments, backend, cells, kernels
 from normzoo.ops.cells import cellwise, pool, thresholded
 
 SPECS = [
@@ -18,7 +18,7 @@ SPECS = [
     "filter_response_norm(tlu=False)", "instance_enhancement_batch_norm", "mean_only_batch_norm", "revin", "self_norm",
     "sparse_switchable_norm(ramp=10)", "switchable_norm", "variance_norm",
 ]  # fmt: skip
-compiled = pytest.mark.skipif(not cpu.ready(), reason="there is no compiler for the kernels")
+compiled = pytest.mark.skipif(not kernels.load(), reason="there is no compiler for the kernels")
 
 
 def data(shape: tuple[int, ...] = (6, 8, 33), seed: int = 0) -> Tensor:

@@ -24,7 +24,6 @@ from normzoo.models import create_model, rnn
 from normzoo.models.base import Inputs
 from normzoo.models.rnn import RecurrentLayer
 from normzoo.ops import backend, kernels
-from normzoo.ops import recurrence as operation
 from normzoo.ops.recurrence import CELLS, KINDS, CellNorm, recurrence, reference
 
 GATES = {"lstm": 4, "gru": 3, "tanh": 1}
@@ -33,7 +32,7 @@ NORMS = ["none", "batch_norm", "layer_norm", "rms_norm"]
 
 @pytest.fixture(autouse=True)
 def _kernels() -> None:
-    if not operation.ready():
+    if not kernels.load():
         pytest.skip(f"the CPU kernels are not to be had: {kernels.status().reason}")
 
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from normzoo.errors import unknown
 from normzoo.ops import cpu, native, reference
 from normzoo.ops.pattern import Pattern
-from normzoo.ops.reference import Moments, Running, wide
+from normzoo.ops.reference import Moments, Running, affine, wide
 
 __all__ = [
     "CHOICES",
@@ -83,17 +83,6 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast where ``x`` lives; some devices, such as ``meta``, have none."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
-def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channels_last: bool) -> Tensor:
-    """Scale and shift each channel of a canonical tensor, in its dtype or that of the parameters if wider."""
-    shape = (-1,) if channels_last else (-1, 1)
-    if weight is not None and bias is not None:
-        dtype = torch.promote_types(x.dtype, weight.dtype)
-        return torch.addcmul(bias.to(dtype).view(shape), x.to(dtype), weight.to(dtype).view(shape))
-    if weight is not None:
-        x = x * weight.view(shape)
-    return x if bias is None else x + bias.view(shape)
 
 
 def standardize(

@@ -18,7 +18,6 @@ from normzoo.ops.pattern import Pattern
 from normzoo.ops.reference import Moments, Running
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ready: bool | None = None
 
 # bound here: a small call asks all of them
 _compiling = torch.compiler.is_compiling
@@ -37,20 +36,7 @@ def serves(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Moments
         return False
     if given is not None and (given.mean.requires_grad or given.var.requires_grad):
         return False
-    return not transformed() and (_ready or ready())
-
-
-def ready() -> bool:
-    """Whether the operators are there and torch knows them."""
-    global _ready
-    if _ready is None:
-        _ready = kernels.load()
-        if _ready:
-            _register()
-    return _ready
-
-
-ready._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  as kernels.load
+    return not transformed() and kernels.load()
 
 
 def transformed() -> bool:
@@ -76,7 +62,7 @@ def standardize(
 ) -> tuple[Tensor, Moments | None]:
     """The compiled operation on a tensor of any rank and either memory layout, as :func:`normzoo.ops.standardize`."""
     axes, channel_dim = pattern.code(options), -1 if channels_last else 1
-    if running is not None and torch.compiler.is_compiling():
+    if running is not None and _compiling():
         running = None  # a compiler wants to see what is written to
     mean, var, batches, momentum = running or (None, None, None, 0.0)
     own = None
@@ -132,7 +118,7 @@ def _result(x: Tensor, channel_dim: int) -> Tensor:
     return torch.empty_like(x) if _dense(x, channel_dim)[1] else x.new_empty(x.shape)
 
 
-def _register() -> None:
+def _declare() -> None:
     @torch.library.register_fake("normzoo::standardize")
     def _(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, floor: Tensor | None, mask: Tensor | None,
@@ -228,9 +214,11 @@ def formula(
         z, pattern, options, channels_last=channels_last, eps=eps, centred=centred, mask=real, given=given
     )
     along = (-1,) if channels_last else (-1, 1)
-    y = y if weight is None else y * weight.view(along)
-    y = y if bias is None else y + bias.view(along)
+    y = reference.affine(y, weight, bias, channels_last)
     y = y if floor is None else torch.where(y < floor.view(along), floor.view(along), y)
     y = y if real is None else torch.where(real.unsqueeze(-1 if channels_last else 1), y, 0)
     y = (y.mT if moved != (channel_dim == -1) else y).to(x.dtype)
     return y.reshape(shape)
+
+
+kernels.declare(_declare)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,7 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _NAME = "normzoo_cpu"
 _loaded: bool | None = None  # None until somebody asked
+_declarations: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def load() -> bool:
     global _loaded
     if _loaded is None:
         _loaded = _load()
+        if _loaded:
+            for declaration in _declarations:
+                declaration()
     return _loaded
 
 
@@ -93,6 +98,13 @@ def _load() -> bool:
 
 # What torch.compiler.assume_constant_result does, without importing the compiler for it.
 load._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def declare(declaration: Callable[[], None]) -> None:
+    """Call this once the kernels are loaded: it tells torch what else it has to know of the operators."""
+    _declarations.append(declaration)
+    if _loaded:
+        declaration()
 
 
 def build() -> Path:

@@ -22,7 +22,6 @@ KINDS = ("none", "layer", "rms", "batch", "running")
 Kind = Literal["none", "layer", "rms", "batch", "running"]
 
 _GATES = {"lstm": 4, "gru": 3, "tanh": 1}
-_ready: bool | None = None
 
 
 class CellNorm(NamedTuple):
@@ -50,25 +49,12 @@ class CellNorm(NamedTuple):
 def usable(tensors: Sequence[Tensor]) -> bool:
     """Whether the operator can take these tensors here: the plain loop takes all others."""
     return (
-        ops._backend in ("auto", "cpu")
+        ops.allowed("cpu")
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not transformed()
-        and ready()
+        and kernels.load()
     )
-
-
-def ready() -> bool:
-    """Have the operator at hand; ``False`` where the compiled kernels cannot be loaded."""
-    global _ready
-    if _ready is None:
-        _ready = kernels.load()
-        if _ready:
-            _register()
-    return _ready
-
-
-ready._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  torch.compile does not look inside
 
 
 def recurrence(
@@ -205,7 +191,7 @@ def reference(
 _LEARNED = 9  # the first so many arguments have gradients
 
 
-def _register() -> None:
+def _declare() -> None:
     torch.library.register_fake("normzoo::recurrence", _shapes)
     torch.library.register_fake("normzoo::recurrence_backward", _shapes_backward)
     torch.library.register_fake("normzoo::recurrence_count", lambda statistics, counters, moved, times: None)
@@ -290,3 +276,6 @@ def _backward_again(
         learned = [t for t, need in zip(views, needed, strict=False) if t is not None and need]
         grads = iter(torch.autograd.grad(out, learned, dout, create_graph=again))
     return tuple(next(grads) if need else None for need in needed)
+
+
+kernels.declare(_declare)

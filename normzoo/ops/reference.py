@@ -168,3 +168,14 @@ def _moments(x: Tensor, axes: Axes, centred: bool, mask: Tensor | None) -> tuple
     mean = x.sum(axes.reduced, keepdim=True) / n
     deviation = x - mean if mask is None else torch.where(mask, x - mean, 0)
     return mean, deviation.square().sum(axes.reduced, keepdim=True) / n, count
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, channels_last: bool) -> Tensor:
+    """Scale and shift each channel of a canonical tensor, in its dtype or that of the parameters if wider."""
+    shape = (-1,) if channels_last else (-1, 1)
+    if weight is not None and bias is not None:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        return torch.addcmul(bias.to(dtype).view(shape), x.to(dtype), weight.to(dtype).view(shape))
+    if weight is not None:
+        x = x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)

@@ -51,7 +51,7 @@ Layout layout_of(const Tensor& x, int64_t channel_dim) {
 }
 
 // A tensor that lies as the layout says.
-Tensor laid_out(const Tensor& x, const Layout& layout, int64_t channel_dim) {
+Tensor laid_out(const Tensor& x, const Layout& layout) {
   if (!layout.dense) return x.contiguous();
   return x;
 }
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(
     const Maybe& mean, const Maybe& var, const Maybe& scale, const Maybe& shift, c10::IntArrayRef axes,
     int64_t channel_dim, bool centred, double eps, bool statistics_alone) {
   const Layout layout = layout_of(input, channel_dim);
-  const Tensor x = laid_out(input, layout, channel_dim);
+  const Tensor x = laid_out(input, layout);
   const Plan plan = make_plan(axes, layout.samples, layout.channels, layout.positions, layout.channels_last,
                               mask && mask->defined());
   const bool known = mean && mean->defined();
@@ -203,7 +203,7 @@ Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& wei
                        const Maybe& number, const Maybe& p, const Maybe& q, const Maybe& r, c10::IntArrayRef axes,
                        int64_t channel_dim, bool centred, double eps, bool constant, Do what) {
   const Layout layout = layout_of(input, channel_dim);
-  const Tensor x = laid_out(input, layout, channel_dim);
+  const Tensor x = laid_out(input, layout);
   const Tensor dy = like(grad, x, layout, channel_dim);
   const Plan plan = make_plan(axes, layout.samples, layout.channels, layout.positions, layout.channels_last,
                               mask && mask->defined());

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from normzoo.ops import affine, reference
+from normzoo.ops.cpu import transformed
 from normzoo.ops.pattern import Pattern
 from normzoo.ops.reference import Moments
 from normzoo.ops.triton import kernels
@@ -49,7 +50,7 @@ def serves(
         return False
     if given is not None and (given.mean.requires_grad or given.var.requires_grad):
         return False
-    if _transformed() or torch.compiler.is_exporting():  # an exported program is one of plain operations
+    if transformed():
         return False
     find = depth if torch.compiler.is_compiling() else _cached_depth
     return find(pattern, channels_last, bool(parameters), mask is not None) <= DIMENSIONS
@@ -62,14 +63,6 @@ _cached_text = lru_cache(str)
 def _eager(x: Tensor) -> bool:
     """Whether nobody traces: then the way around the dispatcher halves the time that a small call takes."""
     return not torch.compiler.is_compiling() and type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
-
-
-def _transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation looks on: they have rules for the formula only."""
-    if torch.compiler.is_compiling():
-        return False
-    level = torch._C._functorch.maybe_current_level()  # pyright: ignore[reportAttributeAccessIssue]
-    return level is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def standardize(
