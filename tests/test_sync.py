@@ -1,4 +1,4 @@
-"""Statistics over two real processes equal those of one process on the whole batch."""
+"""Statistics over real processes equal those of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import normzoo as nz
+from normzoo.ops import backend
+from normzoo.ops.kernels import load
 from normzoo.surgery import synchronize
 
 WORKER = Path(__file__).with_name("sync_worker.py")
@@ -21,33 +23,81 @@ _spec.loader.exec_module(worker)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def found(tmp_path_factory):
+    """What each rank found, for each number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    done = subprocess.run([sys.executable, WORKER, folder], check=False, stderr=subprocess.PIPE, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return {world: [torch.load(folder / f"{rank} of {world}.pt") for rank in range(world)] for world in worker.LENGTHS}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("lengths", worker.LENGTHS)
+@pytest.mark.parametrize(
+    ("world", "lengths"), [(world, name) for world in worker.LENGTHS for name in worker.LENGTHS[world]]
+)
 @pytest.mark.parametrize("spec", worker.CASES)
-def test_two_processes_equal_one(ranks, spec, lengths, masked):
-    one = worker.step(spec, {}, slice(0, 8), masked)
-    two = [rank[lengths, spec, masked] for rank in ranks]
-    for key, expected in one.items():
-        if key.startswith("buffer"):
-            got = [two[0][key], two[1][key]]
-        elif key.startswith(("dw", "db")):
-            got = [two[0][key] + two[1][key]]
-        else:
-            got = [torch.cat([two[0][key], two[1][key]])]
-        for value in got:
-            torch.testing.assert_close(value, expected, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+def test_processes_equal_one(found, spec, world, lengths):
+    exact = {torch.float64: (1e-10,), torch.float32: (1e-5,), torch.bfloat16: (1e-5, 4e-3)}
+    for dtype in worker.DTYPES:
+        for masked in worker.MASKS:
+            one = worker.step(spec, {}, slice(0, 8), masked, rounded=dtype)
+            ranks = [rank[lengths, spec, dtype, masked] for rank in found[world]]
+            assert ranks[0]["y0"].dtype == dtype
+            worker.agree(ranks, one, f"{dtype}, mask {masked}", *exact[dtype])
+
+
+@pytest.mark.parametrize("layout", worker.LAYOUTS)
+@pytest.mark.parametrize("text", worker.OPERATIONS)
+def test_every_pattern_and_layout(found, text, layout):
+    for i, turn in enumerate(worker.TURNS):
+        with backend("reference"):
+            one = worker.operation(text, layout, turn, slice(0, 8), torch.float64, False)
+        worker.agree([rank[text, layout, i] for rank in found[2]], one, str(turn))
+
+
+def test_some_of_the_processes(found):
+    ranks = [rank["group"] for rank in found[3]]
+    x = worker.step("batch_norm", {}, slice(0, 8))
+    worker.agree([ranks[0], ranks[2]], x, "two of three")
+    worker.agree([ranks[1]], x, "the third")
+
+
+@pytest.mark.parametrize("lengths", ["even", "empty"])
+def test_kernels_and_formula_meet_alike(found, lengths):
+    """The same collectives with the same numbers; none backward where the input is a constant."""
+    kernels = ["moments", "rescale", "gradient_sums", "gradient"]
+    for rank in found[2]:
+        for needed in (True, False):
+            by_kernels, operators = rank["calls", "auto", lengths, needed]
+            by_formula, none = rank["calls", "reference", lengths, needed]
+            assert by_kernels == by_formula
+            assert (
+                by_kernels == [("allgather_", 18, "torch.float32"), ("allreduce_", 12, "torch.float32")][: 1 + needed]
+            )
+            assert none == []
+            if load():
+                assert operators == kernels[: 3 + needed]
+
+
+def test_one_rank_by_kernels_and_one_by_the_formula(found):
+    one = worker.step("batch_norm", {}, slice(0, 8))
+    worker.agree([rank["one by the formula"] for rank in found[2]], one, "mixed")
+
+
+def test_a_gradient_of_the_parameters_alone(found):
+    x, _, dy = worker.whole()
+    expected = (nn.functional.batch_norm(x, None, None, training=True) * dy).sum((0, 2))
+    got = [rank["weights alone"][0] for rank in found[2]]
+    torch.testing.assert_close(got[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not got[1].any()
+
+
+def test_a_second_derivative_is_refused(found):
+    assert all("once_differentiable" in rank["twice"] for rank in found[2])
+
+
+def test_autocast_leaves_statistics_alone(found):
+    one = worker.step("batch_norm", {}, slice(0, 8))
+    worker.agree([rank["autocast"] for rank in found[2]], one, "autocast")
 
 
 def test_without_processes_it_is_batch_norm():

@@ -5,6 +5,7 @@ The interpreter must be chosen before Triton is imported, so these tests run in 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normzoo.ops.triton as backend
 from normzoo import ops
@@ -419,7 +421,9 @@ def test_the_formula_serves_what_the_kernels_do_not():
     assert serves()
     assert not serves(x.double())
     assert not serves(x[:0])
-    assert not serves(sync=True)
+    with TorchDispatchMode():  # no operator shows it what the processes do
+        assert not serves(sync=True)
+    assert serves(sync=True)
     assert not serves(weight=statistic.double())
     assert not serves(given=Moments(statistic, statistic.clone().requires_grad_(), 1.0))
     deep = Pattern.parse("(n b) (g c) (p s) -> n g p")
@@ -438,6 +442,24 @@ def test_any_strides():
     assert not case.x.is_contiguous()
     for a, b in zip(straight, case.run()[0], strict=True):
         assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_statistics_of_two_processes(tmp_path):
+    home = Path(__file__).with_name("sync_worker.py")
+    spec = importlib.util.spec_from_file_location("sync_worker", home)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    done = subprocess.run([sys.executable, home, tmp_path, DEVICE], check=False, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"{rank} of 2.pt", map_location="cpu") for rank in range(2)]
+    assert [rank.pop("gradients") for rank in ranks] == [len(worker.OPERATIONS)] * 2
+    for text, layout, turn in ranks[0]:
+        with ops.backend("reference"):
+            one = worker.operation(
+                text, worker.LAYOUTS[layout], worker.TURNS[turn], slice(0, 8), torch.float64, sync=False
+            )
+        worker.agree([rank[text, layout, turn] for rank in ranks], one, text)
 
 
 # ---- the plan, which needs neither Triton nor a GPU ------------------------------------------------------------------

@@ -14,6 +14,7 @@ from normzoo.errors import unknown
 from normzoo.ops import cpu, native, reference
 from normzoo.ops.pattern import Pattern
 from normzoo.ops.reference import Moments, Running, affine, wide
+from normzoo.ops.sync import stand_in
 
 __all__ = [
     "CHOICES",
@@ -123,14 +124,24 @@ def standardize(
         rescale: weight and bias from the (detached) statistics of ``x``, in place of ``weight`` and ``bias``.
         running: averages to count the statistics into, which are shaped like them. A kernel may; where statistics
             come back, it is left to the caller.
-        sync: take the moments over all processes of ``group``.
+        sync: take the moments over all processes of ``group``; differentiable once.
         group: the processes.
 
     Returns:
         The output and the statistics, detached; these are ``None`` where they were counted, and for patterns that keep
         the sample apart, where a kernel may keep them to itself.
     """
-    if _backend in ("auto", "cpu") and not sync and cpu.serves(x, weight, bias, given):
+    if sync and given is None:
+        if x.shape[0] == 0:
+            x, mask = stand_in(x, channels_last)
+            y, moments = standardize(
+                x, pattern, options, channels_last=channels_last, eps=eps, weight=weight, bias=bias,
+                centred=centred, mask=mask, rescale=rescale, sync=True, group=group,
+            )  # fmt: skip
+            return y[:0], moments
+        if _backend in ("auto", "cpu") and not torch.compiler.is_compiling() and cpu.serves(x, weight, bias, None):
+            return cpu.synchronize(x, pattern, options, channels_last, eps, weight, bias, centred, mask, rescale, group)
+    elif _backend in ("auto", "cpu") and cpu.serves(x, weight, bias, given):
         return cpu.standardize(
             x, pattern, options, channels_last, eps, weight, bias, centred, mask, given, rescale, running
         )
@@ -158,7 +169,7 @@ def standardize(
             ):
                 return triton.standardize(
                     x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
-                    weight=weight, bias=bias, mask=mask, given=given, rescale=rescale,
+                    weight=weight, bias=bias, mask=mask, given=given, rescale=rescale, sync=sync, group=group,
                 )  # fmt: skip
         if _backend in ("auto", "native") and mask is None and not sync and rescale is None:
             done = native.standardize(

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from normzoo.ops import kernels, reference
 from normzoo.ops.pattern import Pattern
 from normzoo.ops.reference import Moments, Running
+from normzoo.ops.sync import merge, total_gradients
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +73,7 @@ def standardize(
         own = _moments(torch.ops.normzoo.moments.default(x.detach(), mask, axes, channel_dim, centred, eps), x)
         weight, bias = rescale(own)
     known = given or (own if mask is None else None)  # the gradient needs the numbers that a mask leaves
-    y, *results = torch.ops.normzoo.standardize.default(
+    y, *results = kernels.standardize(
         x, weight, bias, None, mask, None if known is None else known.mean, None if known is None else known.var,
         mean, var, batches, axes, channel_dim, centred, eps, given is not None, momentum,
     )  # fmt: skip
@@ -82,6 +85,67 @@ def standardize(
 def _moments(results: Sequence[Tensor], x: Tensor) -> Moments:
     mean, var, number = results
     return Moments(mean, var, number if number.numel() else x.numel() / mean.numel())
+
+
+# ---- statistics over processes -------------------------------------------------------------------------------------
+
+
+def synchronize(
+    x: Tensor,
+    pattern: Pattern,
+    options: Mapping[str, int],
+    channels_last: bool,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centred: bool,
+    mask: Tensor | None,
+    rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Moments]:
+    """:func:`standardize` by the moments of all processes of a group; differentiable once, and no compiler sees it."""
+    axes, channel_dim = pattern.code(options), -1 if channels_last else 1
+    own = _moments(torch.ops.normzoo.moments.default(x.detach(), mask, axes, channel_dim, centred, eps), x)
+    moments = Moments(*merge(*own, group))
+    if rescale is not None:
+        weight, bias = rescale(moments)
+    y = _Synchronized.apply(x, weight, bias, mask, *moments, group, axes, channel_dim, centred, eps)
+    return y, moments  # pyright: ignore[reportReturnType]
+
+
+class _Synchronized(torch.autograd.Function):
+    """The compiled operators around the statistics of all processes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, mean: Tensor, var: Tensor,
+        number: Tensor, group: ProcessGroup | None, axes: list[int], channel_dim: int, centred: bool, eps: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, mask, mean, var, number)
+        ctx.options = group, axes, channel_dim, centred, eps
+        scale = torch.rsqrt(var + eps)
+        return torch.ops.normzoo.rescale.default(
+            x, mean, scale, torch.zeros_like(mean), weight, bias, mask, axes, channel_dim
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, mask, mean, var, number = ctx.saved_tensors
+        group, axes, channel_dim, centred, eps = ctx.options
+        total, product, to_weight, to_bias = torch.ops.normzoo.gradient_sums.default(
+            dy, x, weight, mask, mean, var, axes, channel_dim, eps
+        )
+        dx = None
+        if ctx.needs_input_grad[0]:  # as in the formula: where it is a constant on every rank, they do not meet
+            scale, n = torch.rsqrt(var + eps), number.clamp(min=1)
+            to_mean = -scale * total if centred else torch.zeros_like(total)
+            to_mean, to_var = total_gradients(to_mean, scale * product * scale * scale / -2, group)
+            dx = torch.ops.normzoo.gradient.default(
+                dy, x, weight, mask, mean, scale, to_var * 2 / n, to_mean / n, axes, channel_dim
+            )
+        wanted = zip((to_weight, to_bias), ctx.needs_input_grad[1:3], strict=True)
+        return dx, *(gradient if need else None for gradient, need in wanted), *[None] * 9
 
 
 # ---- shapes, for torch.compile -------------------------------------------------------------------------------------

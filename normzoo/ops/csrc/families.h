@@ -81,19 +81,21 @@ struct Out {
 
   Out(T* to, bool stream) : to(to), stream(stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
 
+  template <class Part>
+  NORMZOO_INLINE void put(int64_t i, vf v, Part part) const {
+#ifdef __AVX512F__
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Part, Full>)
+      if (stream) return _mm512_stream_ps(to + i, (__m512)v);
+#endif
+    store(to + i, v, part);
+  }
+
   // Write f(i, part) for every vector of n elements.
   template <class F>
   NORMZOO_INLINE void each(int64_t n, F&& f) const {
 #ifdef __AVX512F__
     if constexpr (std::is_same_v<T, float>)
-      if (stream)
-        return vectors(n, [&](int64_t i, int, auto part) {
-          const vf v = f(i, part);
-          if constexpr (std::is_same_v<decltype(part), Full>)
-            _mm512_stream_ps(to + i, (__m512)v);
-          else
-            store(to + i, v, part);
-        });
+      if (stream) return vectors(n, [&](int64_t i, int, auto part) { put(i, f(i, part), part); });
 #endif
     vectors(n, [&](int64_t i, int, auto part) { store(to + i, f(i, part), part); });
   }
@@ -149,18 +151,18 @@ void sweep(Work& work, const Plan& plan, Do what) {
   std::vector<char> settled(tasks, what == Do::apply);
   const auto each = [&](auto&& f) {
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i)
-        for (int64_t place = i * share; place < std::min(runs, (i + 1) * share); ++place) {
-          const auto [k, r] = plan.run(place);
-          f(parts[i], k, r);
-        }
+      for (int64_t i = from; i < to; ++i) {
+        Cursor run(plan, std::min(runs, i * share));
+        for (int64_t left = std::min(runs - i * share, share); left > 0; --left, run.next()) f(parts[i], run);
+        for (int64_t k = 0; k < tasks; ++k) work.join(parts[i][k]);
+      }
     });
   };
   for (int64_t k = 0; k < tasks; ++k) work.begin(k, parts[0][k]);
   while (std::find(settled.begin(), settled.end(), 0) != settled.end()) {
     for (int64_t i = 1; i < threads; ++i) parts[i] = parts[0];
-    each([&](auto& own, int64_t k, int64_t r) {
-      if (!settled[k]) work.add(k, r, r + 1, own[k]);
+    each([&](auto& own, const Cursor& run) {
+      if (!settled[run.kept]) work.add(run.start, own[run.kept]);
     });
     for (int64_t k = 0; k < tasks; ++k) {
       if (settled[k]) continue;
@@ -168,14 +170,14 @@ void sweep(Work& work, const Plan& plan, Do what) {
       settled[k] = work.settle(k, parts[0][k]);
     }
   }
-  if (what != Do::sums) each([&](auto&, int64_t k, int64_t r) { work.apply(k, r, r + 1, parts[0][k]); });
+  if (what != Do::sums) each([&](auto&, const Cursor& run) { work.apply(run.start, parts[0][run.kept]); });
 }
 
 template <class Work>
 void drive_runs(Work& work, const Plan& plan, Do what) {
-  const auto& steps = plan.reduced.steps;
-  const bool apart = !steps.empty() && steps.back().stride.memory != plan.width;
-  if (apart && plan.width <= 4 * kBlock)
+  int64_t together = 1;  // runs of a statistic that lie side by side
+  for (size_t i = plan.order.size(); i-- > 0 && plan.order[i].kept == 0;) together *= plan.order[i].size;
+  if (together < plan.reduced.size() && together * plan.width <= 4 * kBlock)
     sweep(work, plan, what);
   else
     drive(work, plan.kept.size(), plan.reduced.size(), plan.count * plan.statistics(), what);
@@ -184,10 +186,13 @@ void drive_runs(Work& work, const Plan& plan, Do what) {
 // ---- runs: a statistic is made of runs of memory, each in one channel --------------------------------------------
 
 struct RunsPart {
-  double s1, s2, number;
-  float shift, mean, scale, add;  // forward: add is the shift of the result
-  float p, q, r;
-  int passes;
+  double s1 = 0, s2 = 0, number = 0;
+  float shift = 0, mean = 0, scale = 0, add = 0;  // forward: add is the shift of the result
+  float p = 0, q = 0, r = 0;
+  int passes = 0;
+  // sums that have not joined the total, all of one channel
+  vf a{}, b{};
+  int64_t pending = 0, channel = 0;
 
   void merge(const RunsPart& other) {
     s1 += other.s1;
@@ -201,8 +206,8 @@ struct Sums {
   vf a[4], b[4];
 
   Sums() : a{}, b{} {}
-  float first() const { return sum((a[0] + a[1]) + (a[2] + a[3])); }
-  float second() const { return sum((b[0] + b[1]) + (b[2] + b[3])); }
+  float first() const { return sum(tree(a)); }
+  float second() const { return sum(tree(b)); }
 };
 
 inline double count_mask(const uint8_t* mask, int64_t n) {
@@ -216,10 +221,10 @@ struct RunsForward {
   const Plan& plan;
   const Forward<T>& args;
 
-  RunsPart part() const { return {}; }
+  RunsPart part() const { return RunsPart(); }
 
   void begin(int64_t k, RunsPart& part) const {
-    part = {};
+    part = RunsPart();
     if (args.known) {
       part.mean = args.mean[k];
       part.scale = args.scale ? args.scale[k] : (float)(1 / std::sqrt(args.var[k] + args.eps));
@@ -229,33 +234,39 @@ struct RunsForward {
     }
   }
 
-  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
+  void join(RunsPart& part) const {
+    if (part.pending == 0) return;
+    const auto [s1, s2] = sums(part.a, part.b);
+    part.s1 += s1;
+    part.s2 += s2;
+    part.a = part.b = vf{};
+    part.pending = 0;
+  }
+
+  void add(const Start& start, RunsPart& part) const {
     const vf shift = splat(part.shift);
-    Sums sums;
-    int64_t pending = 0;
-    const auto flush = [&] {
-      part.s1 += sums.first();
-      part.s2 += sums.second();
-      sums = {};
-      pending = 0;
-    };
-    for (int64_t r = from; r < to; ++r) {
-      const Start start = plan.at(k, r);
-      const T* run = args.x + start.memory;
-      const uint8_t* mask = kMask ? args.mask + start.mask : nullptr;
-      for (int64_t at = 0; at < plan.width; at += kBlock) {
-        const int64_t n = std::min(kBlock, plan.width - at);
-        vectors(n, [&](int64_t i, int j, auto whole) {
-          vf v = only(load(run + at + i, whole) - shift, whole);
-          if constexpr (kMask) v = where(mask + at + i, v, whole);
-          sums.a[j] += v;
-          sums.b[j] += v * v;
-        });
-        if ((pending += n) >= kBlock) flush();
-      }
-      if constexpr (kMask) part.number += count_mask(mask, plan.width);
+    for (int64_t at = 0; at < plan.width; at += kBlock) {
+      const int64_t n = std::min(kBlock, plan.width - at);
+      const T* x = args.x + start.memory + at;
+      const uint8_t* mask = kMask ? args.mask + start.mask + at : nullptr;
+      Sums sums;
+      vectors(n, [&](int64_t i, int j, auto whole) {
+        vf v = only(load(x + i, whole) - shift, whole);
+        if constexpr (kMask) v = where(mask + i, v, whole);
+        sums.a[j] += v;
+        sums.b[j] += v * v;
+      });
+      part.a += tree(sums.a);
+      part.b += tree(sums.b);
+      if ((part.pending += n) >= kBlock) join(part);
+      if constexpr (kMask) part.number += count_mask(mask, n);
     }
-    flush();
+  }
+
+  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
+    const Start start = plan.kept[k];
+    for (int64_t r = from; r < to; ++r) add(start + plan.reduced[r], part);
+    join(part);
   }
 
   bool settle(int64_t k, RunsPart& part) const {
@@ -275,22 +286,25 @@ struct RunsForward {
     return true;
   }
 
+  void apply(const Start& start, const RunsPart& part) const {
+    const auto [at, c, masked] = start;
+    const uint8_t* mask = kMask ? args.mask + masked : nullptr;
+    const vf mean = splat(part.mean), scale = splat(part.scale * args.weight[c]);
+    const vf add = splat(part.add * args.weight[c] + args.bias[c]);
+    const vf floor = splat(args.floor ? args.floor[c] : -INFINITY);
+    const T* x = args.x + at;
+    const Out<T> out(args.y + at, args.stream);
+    out.each(plan.width, [&](int64_t i, auto whole) {
+      vf v = (load(x + i, whole) - mean) * scale + add;
+      v = v < floor ? floor : v;
+      if constexpr (kMask) v = where(mask + i, v, whole);
+      return v;
+    });
+  }
+
   void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
-    const vf mean = splat(part.mean);
-    for (int64_t r = from; r < to; ++r) {
-      const auto [at, c, masked] = plan.at(k, r);
-      const uint8_t* mask = kMask ? args.mask + masked : nullptr;
-      const vf scale = splat(part.scale * args.weight[c]), add = splat(part.add * args.weight[c] + args.bias[c]);
-      const vf floor = splat(args.floor ? args.floor[c] : -INFINITY);
-      const T* x = args.x + at;
-      const Out<T> out(args.y + at, args.stream);
-      out.each(plan.width, [&](int64_t i, auto whole) {
-        vf v = (load(x + i, whole) - mean) * scale + add;
-        v = v < floor ? floor : v;
-        if constexpr (kMask) v = where(mask + i, v, whole);
-        return v;
-      });
-    }
+    const Start start = plan.kept[k];
+    for (int64_t r = from; r < to; ++r) apply(start + plan.reduced[r], part);
   }
 };
 
@@ -299,10 +313,10 @@ struct RunsBackward {
   const Plan& plan;
   const Backward<T>& args;
 
-  RunsPart part() const { return {}; }
+  RunsPart part() const { return RunsPart(); }
 
   void begin(int64_t k, RunsPart& part) const {
-    part = {};
+    part = RunsPart();
     part.mean = args.mean[k];
     part.scale = (float)(1 / std::sqrt(args.var[k] + args.eps));
     if (args.what == Do::apply) part.p = args.p[k], part.q = args.q[k], part.r = args.r[k];
@@ -317,51 +331,52 @@ struct RunsBackward {
     return g;
   }
 
-  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
-    const vf mean = splat(part.mean);
-    float *dweight = args.shares->weight(), *dbias = args.shares->bias(), *dfloor = args.shares->floor();
-    Sums sums;
+  void join(RunsPart& part) const {
+    if (part.pending == 0) return;
+    const auto [s1, s2] = sums(part.a, part.b);
+    args.shares->bias()[part.channel] += s1;
+    args.shares->weight()[part.channel] += s2 * part.scale;
+    part.s1 += (double)s1 * args.weight[part.channel];
+    part.s2 += (double)s2 * args.weight[part.channel];
+    part.a = part.b = vf{};
+    part.pending = 0;
+  }
+
+  void add(const Start& start, RunsPart& part) const {
+    const auto [at, c, masked] = start;
+    if (part.channel != c) join(part);
+    part.channel = c;
+    const vf mean = splat(part.mean), scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
+    const vf floor = splat(kLimited ? args.floor[c] : 0);
     vf below{};
-    double s1 = 0, s2 = 0;
-    int64_t pending = 0;
-    for (int64_t r = from; r < to; ++r) {
-      const auto [at, c, masked] = plan.at(k, r);
-      const uint8_t* mask = kMask ? args.mask + masked : nullptr;
-      const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
-      const vf floor = splat(kLimited ? args.floor[c] : 0);
-      for (int64_t start = 0; start < plan.width; start += kBlock) {
-        const int64_t n = std::min(kBlock, plan.width - start);
-        const T *x = args.x + at + start, *dy = args.dy + at + start;
-        vectors(n, [&](int64_t i, int j, auto whole) {
-          vf off = load(x + i, whole) - mean;
-          if constexpr (kMask) off = where(mask + start + i, off, whole);  // no NaN from there
-          const vf g = gradient(dy + i, kMask ? mask + start + i : nullptr, off, scale, bias, floor, whole);
-          sums.a[j] += g;
-          sums.b[j] += g * off;
-          if constexpr (kLimited) {
-            vf whole_g = load(dy + i, whole);
-            if constexpr (kMask) whole_g = where(mask + start + i, whole_g, whole);
-            below += whole_g - g;
-          }
-        });
-        if ((pending += n) >= kBlock) {
-          s1 += sums.first();
-          s2 += sums.second();
-          sums = {};
-          pending = 0;
+    for (int64_t from = 0; from < plan.width; from += kBlock) {
+      const int64_t n = std::min(kBlock, plan.width - from);
+      const T *x = args.x + at + from, *dy = args.dy + at + from;
+      const uint8_t* mask = kMask ? args.mask + masked + from : nullptr;
+      Sums sums;
+      vectors(n, [&](int64_t i, int j, auto whole) {
+        vf off = load(x + i, whole) - mean;
+        if constexpr (kMask) off = where(mask + i, off, whole);  // no NaN from there
+        const vf g = gradient(dy + i, kMask ? mask + i : nullptr, off, scale, bias, floor, whole);
+        sums.a[j] += g;
+        sums.b[j] += g * off;
+        if constexpr (kLimited) {
+          vf whole_g = load(dy + i, whole);
+          if constexpr (kMask) whole_g = where(mask + i, whole_g, whole);
+          below += whole_g - g;
         }
-      }
-      if (r + 1 < to && plan.at(k, r + 1).channel == c) continue;
-      s1 += sums.first();
-      s2 += sums.second();
-      sums = {};
-      dbias[c] += (float)s1;
-      dweight[c] += (float)(s2 * part.scale);
-      part.s1 += s1 * args.weight[c];
-      part.s2 += s2 * args.weight[c];
-      s1 = s2 = 0;
-      if constexpr (kLimited) dfloor[c] += sum(below), below = vf{};
+      });
+      part.a += tree(sums.a);
+      part.b += tree(sums.b);
+      if ((part.pending += n) >= kBlock) join(part);
     }
+    if constexpr (kLimited) args.shares->floor()[c] += sum(below);
+  }
+
+  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
+    const Start start = plan.kept[k];
+    for (int64_t r = from; r < to; ++r) add(start + plan.reduced[r], part);
+    join(part);
   }
 
   bool settle(int64_t k, RunsPart& part) const {
@@ -374,151 +389,249 @@ struct RunsBackward {
     return true;
   }
 
-  void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
+  void apply(const Start& start, const RunsPart& part) const {
+    const auto [at, c, masked] = start;
+    const uint8_t* mask = kMask ? args.mask + masked : nullptr;
     const vf mean = splat(part.mean), q = splat(part.q), rest = splat(part.r);
-    for (int64_t r = from; r < to; ++r) {
-      const auto [at, c, masked] = plan.at(k, r);
-      const uint8_t* mask = kMask ? args.mask + masked : nullptr;
-      const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
-      const vf p = splat(part.p * args.weight[c]), floor = splat(kLimited ? args.floor[c] : 0);
-      const T *x = args.x + at, *dy = args.dy + at;
-      const Out<T> out(args.dx + at, args.stream);
-      out.each(plan.width, [&](int64_t i, auto whole) {
-        const vf off = load(x + i, whole) - mean;
-        vf v = gradient(dy + i, kMask ? mask + i : nullptr, off, scale, bias, floor, whole) * p + (off * q + rest);
-        if constexpr (kMask) v = where(mask + i, v, whole);
-        return v;
-      });
-    }
+    const vf scale = splat(part.scale * args.weight[c]), bias = splat(args.bias[c]);
+    const vf p = splat(part.p * args.weight[c]), floor = splat(kLimited ? args.floor[c] : 0);
+    const T *x = args.x + at, *dy = args.dy + at;
+    const Out<T> out(args.dx + at, args.stream);
+    out.each(plan.width, [&](int64_t i, auto whole) {
+      const vf off = load(x + i, whole) - mean;
+      vf v = gradient(dy + i, kMask ? mask + i : nullptr, off, scale, bias, floor, whole) * p + (off * q + rest);
+      if constexpr (kMask) v = where(mask + i, v, whole);
+      return v;
+    });
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
+    const Start start = plan.kept[k];
+    for (int64_t r = from; r < to; ++r) apply(start + plan.reduced[r], part);
   }
 };
 
 // ---- rows: groups of adjacent channels, each reduced by itself ---------------------------------------------------
 
-template <class T>
-void rows_forward(const Plan& plan, const Forward<T>& given) {
-  const int64_t n = plan.width / plan.groups;
-  const float share = 1.f / n, eps = (float)given.eps;
-  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
+// A statistic: its elements in memory, its first channel and its number.
+struct Row {
+  int64_t at, channel, which;
+};
+
+// What a thread does with its share of the rows. Those of kVectors vectors stay in registers; 0 stands for any length.
+template <class Work, int kVectors, class Part, class Args>
+void drive_rows(const Plan& plan, const Args& args, Part part) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width), n = plan.width / plan.groups;
   at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
-    const auto args = given;  // of this thread: what is written cannot change it
+    Work work(plan, args);
     for (int64_t k = from; k < to; ++k) {
-      const Start row = plan.kept[k];
-      const bool real = !args.mask || args.mask[row.mask];
+      const Start start = plan.kept[k];
+      const bool real = !args.mask || args.mask[start.mask];
       for (int64_t g = 0; g < plan.groups; ++g) {
-        const int64_t which = k * plan.groups + g;
-        const T* x = args.x + row.memory + g * n;
-        const float *weight = args.weight + g * n, *bias = args.bias + g * n;
-        float mean = 0, scale, shift = 0;
-        if (args.known) {
-          mean = args.mean[which];
-          scale = args.scale ? args.scale[which] : 1 / std::sqrt(args.var[which] + eps);
-          shift = args.shift ? args.shift[which] : 0;
-        } else {
-          float var = 0;
-          if (real) {
-            vf a[4] = {};
-            if (args.centred) {
-              vectors(n, [&](int64_t i, int j, auto whole) { a[j] += load(x + i, whole); });
-              mean = sum((a[0] + a[1]) + (a[2] + a[3])) / n;  // exact for a constant
-            }
-            const vf middle = splat(mean);
-            vf b[4] = {};
-            vectors(n, [&](int64_t i, int j, auto whole) {
-              const vf off = only(load(x + i, whole) - middle, whole);
-              b[j] += off * off;
-            });
-            var = sum((b[0] + b[1]) + (b[2] + b[3])) * share;
-          }
-          args.mean[which] = mean;
-          args.var[which] = var;
-          if (args.number) args.number[which] = real ? n : 0;
-          scale = 1 / std::sqrt(var + eps);
-        }
-        if (args.what == Do::sums) continue;
-        T* y = args.y + row.memory + g * n;
+        const Row row{start.memory + g * n, g * n, k * plan.groups + g};
         if (!real) {
-          std::fill(y, y + n, T(0));
-          continue;
+          work.skip(row);
+        } else if constexpr (kVectors > 0) {
+          work.template held<kVectors>(row, part);
+        } else {
+          work.read(row);
         }
-        const vf middle = splat(mean), factor = splat(scale), add = splat(shift);
-        const Out<T> out(y, args.stream);
-        out.each(n, [&](int64_t i, auto whole) {
-          const vf v = (load(x + i, whole) - middle) * factor + add;
-          return v * load(weight + i, whole) + load(bias + i, whole);
-        });
       }
+      if ((k - from + 1) % kRows == 0) work.flush();
     }
+    work.flush();
   });
 }
 
-template <class T>
-void rows_backward(const Plan& plan, const Backward<T>& given) {
+template <class Work, class Args>
+void drive_rows(const Plan& plan, const Args& args) {
   const int64_t n = plan.width / plan.groups;
-  const float share = 1.f / n, eps = (float)given.eps;
-  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
-  at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
-    const auto args = given;
-    const int64_t width = (plan.width + kLanes - 1) / kLanes * kLanes;
-    Floats block(2 * width);
-    float *dweight = block.data(), *dbias = dweight + width;
-    const auto flush = [&] {
-      if (args.what == Do::apply) return;
-      float *weight = args.shares->weight(), *bias = args.shares->bias();
-      for (int64_t i = 0; i < plan.width; ++i) weight[i] += dweight[i], bias[i] += dbias[i];
-      std::fill(block.begin(), block.end(), 0.f);
-    };
-    for (int64_t k = from; k < to; ++k) {
-      const Start row = plan.kept[k];
-      const bool real = !args.mask || args.mask[row.mask];
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        const int64_t which = k * plan.groups + g, at = row.memory + g * n;
-        const T *x = args.x + at, *dy = args.dy + at;
-        T* dx = args.dx + at;
-        if (!real) {
-          if (args.what != Do::sums) std::fill(dx, dx + n, T(0));
-          if (args.what == Do::sums) args.sum[which] = args.product[which] = 0;
-          continue;
-        }
-        const float *weight = args.weight + g * n;
-        const float rstd = 1 / std::sqrt(args.var[which] + eps);
-        const vf mean = splat(args.mean[which]), scale = splat(rstd);
-        float p = rstd, q = 0, r = 0;
-        if (args.what != Do::apply) {
-          Sums sums;
-          float *dw = dweight + g * n, *db = dbias + g * n;
-          vectors(n, [&](int64_t i, int j, auto whole) {
-            const vf d = load(dy + i, whole), w = load(weight + i, whole);
-            const vf off = only(load(x + i, whole) - mean, whole);
-            const vf both = d * off;
-            sums.a[j] += w * d;
-            sums.b[j] += w * both;
-            store(dw + i, load(dw + i, whole) + both * scale, whole);
-            store(db + i, load(db + i, whole) + d, whole);
-          });
-          const float s1 = sums.first(), s2 = sums.second();
-          if (args.what == Do::sums) {
-            args.sum[which] = s1;
-            args.product[which] = s2;
-            continue;
-          }
-          if (!args.constant) q = -(s2 * rstd * share) * rstd * rstd;  // in this order: the cube of a scale leaves float32
-          if (!args.constant && args.centred) r = -rstd * s1 * share;
-        } else {
-          p = args.p[which], q = args.q[which], r = args.r[which];
-        }
-        const vf vp = splat(p), vq = splat(q), vr = splat(r);
-        const Out<T> out(dx, args.stream);
-        out.each(n, [&](int64_t i, auto whole) {
-          const vf off = load(x + i, whole) - mean;
-          return load(dy + i, whole) * (load(weight + i, whole) * vp) + (off * vq + vr);
-        });
-      }
-      if ((k - from + 1) % kRows == 0) flush();
-    }
-    flush();
-  });
+  if (n < kLanes) return drive_rows<Work, 1>(plan, args, Tail{n});
+  switch (n % kLanes ? 0 : n / kLanes) {
+    case 1: return drive_rows<Work, 1>(plan, args, Full{});
+    case 2: return drive_rows<Work, 2>(plan, args, Full{});
+    case 4: return drive_rows<Work, 4>(plan, args, Full{});
+    case 8: return drive_rows<Work, 8>(plan, args, Full{});
+    default: return drive_rows<Work, 0>(plan, args, Full{});
+  }
 }
+
+template <class T>
+struct RowsForward {
+  const Forward<T> args;  // of this thread: what is written cannot change it
+  const int64_t n;
+  const float share, eps;
+
+  RowsForward(const Plan& plan, const Forward<T>& args)
+      : args(args), n(plan.width / plan.groups), share(1.f / n), eps((float)args.eps) {}
+
+  NORMZOO_INLINE float scale(const Row& row, float var) const {
+    return args.scale ? args.scale[row.which] : 1 / std::sqrt(var + eps);
+  }
+  NORMZOO_INLINE void keep(const Row& row, float mean, float var, bool real) const {
+    args.mean[row.which] = mean;
+    args.var[row.which] = var;
+    if (args.number) args.number[row.which] = real ? n : 0;
+  }
+
+  void skip(const Row& row) const {
+    if (!args.known) keep(row, 0, 0, false);
+    if (args.what != Do::sums) std::fill_n(args.y + row.at, n, T(0));
+  }
+
+  // In one go from a shift, so that nothing waits for the mean but the result.
+  template <int kVectors, class Part>
+  NORMZOO_INLINE void held(const Row& row, Part part) const {
+    const T* x = args.x + row.at;
+    const float shift = args.known ? args.mean[row.which] : args.centred ? (float)*x : 0;
+    float off = 0, var = 0;
+    vf v[kVectors], a[kVectors], b[kVectors];
+    unrolled<kVectors>([&](auto i) { v[i] = load(x + i * kLanes, part) - splat(shift); });
+    if (args.known) {
+      if (!args.scale) var = args.var[row.which];
+    } else {
+      unrolled<kVectors>([&](auto i) {
+        a[i] = only(v[i], part);
+        b[i] = a[i] * a[i];
+      });
+      const auto [s1, s2] = sums(tree(a), tree(b));
+      off = args.centred ? s1 * share : 0;
+      var = s2 * share - off * off;
+      if (off * off > (float)kFar * (var + eps)) return read(row);
+      var = std::max(var, 0.f);
+      keep(row, shift + off, var, true);
+    }
+    if (args.what == Do::sums) return;
+    const float *weight = args.weight + row.channel, *bias = args.bias + row.channel, factor = scale(row, var);
+    const vf scales = splat(factor), add = splat((args.shift ? args.shift[row.which] : 0) - off * factor);
+    const Out<T> out(args.y + row.at, args.stream);
+    unrolled<kVectors>([&](auto i) {
+      const vf z = v[i] * scales + add;
+      out.put(i * kLanes, z * load(weight + i * kLanes, part) + load(bias + i * kLanes, part), part);
+    });
+  }
+
+  void read(const Row& row) const {
+    const T* x = args.x + row.at;
+    float mean = 0, var = 0;
+    if (args.known) {
+      mean = args.mean[row.which];
+      if (!args.scale) var = args.var[row.which];
+    } else {
+      vf a[4] = {};
+      if (args.centred) {
+        vectors(n, [&](int64_t i, int j, auto whole) { a[j] += load(x + i, whole); });
+        mean = sum((a[0] + a[1]) + (a[2] + a[3])) / n;
+      }
+      const vf middle = splat(mean);
+      vf b[4] = {};
+      vectors(n, [&](int64_t i, int j, auto whole) {
+        const vf off = only(load(x + i, whole) - middle, whole);
+        b[j] += off * off;
+      });
+      var = sum((b[0] + b[1]) + (b[2] + b[3])) * share;
+      keep(row, mean, var, true);
+    }
+    if (args.what == Do::sums) return;
+    const float *weight = args.weight + row.channel, *bias = args.bias + row.channel;
+    const vf middle = splat(mean), factor = splat(scale(row, var));
+    const vf add = splat(args.shift ? args.shift[row.which] : 0);
+    const Out<T> out(args.y + row.at, args.stream);
+    out.each(n, [&](int64_t i, auto whole) {
+      const vf v = (load(x + i, whole) - middle) * factor + add;
+      return v * load(weight + i, whole) + load(bias + i, whole);
+    });
+  }
+
+  void flush() const {}
+};
+
+template <class T>
+struct RowsBackward {
+  const Backward<T> args;
+  const int64_t n, channels, width;
+  const float share, eps;
+  Floats parameters;  // gradients of the weight and the bias from rows that have not joined the total
+
+  RowsBackward(const Plan& plan, const Backward<T>& args)
+      : args(args), n(plan.width / plan.groups), channels(plan.width),
+        width((channels + kLanes - 1) / kLanes * kLanes), share(1.f / n), eps((float)args.eps),
+        parameters(2 * width, 0.f) {}
+
+  void skip(const Row& row) const {
+    if (args.what != Do::sums) std::fill_n(args.dx + row.at, n, T(0));
+    if (args.what == Do::sums) args.sum[row.which] = args.product[row.which] = 0;
+  }
+
+  // What a vector of d and one of x - mean add to the gradients of the parameters.
+  template <class Part>
+  NORMZOO_INLINE void count(int64_t c, vf d, vf both, vf scale, Part part) {
+    float *dweight = parameters.data() + c, *dbias = dweight + width;
+    store(dweight, load(dweight, part) + both * scale, part);
+    store(dbias, load(dbias, part) + d, part);
+  }
+
+  struct Coefficients {
+    float p, q, r;
+  };
+  NORMZOO_INLINE Coefficients coefficients(const Row& row, float rstd, float s1, float s2) const {
+    if (args.what == Do::apply) return {args.p[row.which], args.q[row.which], args.r[row.which]};
+    if (args.what == Do::sums) args.sum[row.which] = s1, args.product[row.which] = s2;
+    // in this order: the cube of a scale leaves float32
+    return {rstd, args.constant ? 0 : -(s2 * rstd * share) * rstd * rstd,
+            args.constant || !args.centred ? 0 : -rstd * s1 * share};
+  }
+
+  template <int kVectors, class Part>
+  NORMZOO_INLINE void held(const Row& row, Part part) {
+    const T *x = args.x + row.at, *dy = args.dy + row.at;
+    const float *weight = args.weight + row.channel, rstd = 1 / std::sqrt(args.var[row.which] + eps);
+    const vf mean = splat(args.mean[row.which]), scale = splat(rstd);
+    vf off[kVectors], d[kVectors], both[kVectors];
+    unrolled<kVectors>([&](auto i) {
+      const vf g = load(dy + i * kLanes, part);
+      off[i] = load(x + i * kLanes, part) - mean;
+      d[i] = g * load(weight + i * kLanes, part);
+      both[i] = d[i] * off[i];
+      if (args.what != Do::apply) count(row.channel + i * kLanes, g, g * off[i], scale, part);
+    });
+    const auto [s1, s2] = sums(tree(d), tree(both));
+    const auto [p, q, r] = coefficients(row, rstd, s1, s2);
+    if (args.what == Do::sums) return;
+    const vf vp = splat(p), vq = splat(q), vr = splat(r);
+    const Out<T> out(args.dx + row.at, args.stream);
+    unrolled<kVectors>([&](auto i) { out.put(i * kLanes, d[i] * vp + (off[i] * vq + vr), part); });
+  }
+
+  void read(const Row& row) {
+    const T *x = args.x + row.at, *dy = args.dy + row.at;
+    const float *weight = args.weight + row.channel, rstd = 1 / std::sqrt(args.var[row.which] + eps);
+    const vf mean = splat(args.mean[row.which]), scale = splat(rstd);
+    Sums sums;
+    if (args.what != Do::apply)
+      vectors(n, [&](int64_t i, int j, auto whole) {
+        const vf d = load(dy + i, whole), w = load(weight + i, whole), both = d * (load(x + i, whole) - mean);
+        sums.a[j] += w * d;
+        sums.b[j] += w * both;
+        count(row.channel + i, d, both, scale, whole);
+      });
+    const auto [p, q, r] = coefficients(row, rstd, sums.first(), sums.second());
+    if (args.what == Do::sums) return;
+    const vf vp = splat(p), vq = splat(q), vr = splat(r);
+    const Out<T> out(args.dx + row.at, args.stream);
+    out.each(n, [&](int64_t i, auto whole) {
+      const vf off = load(x + i, whole) - mean;
+      return load(dy + i, whole) * (load(weight + i, whole) * vp) + (off * vq + vr);
+    });
+  }
+
+  void flush() {
+    if (args.what == Do::apply) return;
+    float *weight = args.shares->weight(), *bias = args.shares->bias();
+    for (int64_t i = 0; i < channels; ++i) weight[i] += parameters[i], bias[i] += parameters[width + i];
+    std::fill(parameters.begin(), parameters.end(), 0.f);
+  }
+};
 
 // ---- columns: the innermost run is kept, or is all channels ------------------------------------------------------
 
@@ -1024,7 +1137,7 @@ void forward(const Plan& plan, const Forward<T>& args) {
   const int64_t elements = plan.count * plan.statistics();
   const Do what = args.known ? Do::apply : args.what;
   if (plan.family == Family::rows) {
-    rows_forward(plan, args);
+    drive_rows<RowsForward<T>>(plan, args);
   } else if (plan.family == Family::runs) {
     RunsForward<T, kMask> work{plan, args};
     drive_runs(work, plan, what);
@@ -1041,7 +1154,7 @@ template <class T, bool kMask, bool kLimited>
 void backward(const Plan& plan, const Backward<T>& args) {
   const int64_t elements = plan.count * plan.statistics();
   if (plan.family == Family::rows) {
-    rows_backward(plan, args);
+    drive_rows<RowsBackward<T>>(plan, args);
   } else if (plan.family == Family::runs) {
     RunsBackward<T, kMask, kLimited> work{plan, args};
     drive_runs(work, plan, args.what);

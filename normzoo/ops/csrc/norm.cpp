@@ -1,19 +1,16 @@
 // Standardisation over the axes of any pattern as operators of torch, with its gradient.
 
 #include <ATen/Dispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "families.h"
+#include "operators.h"
 
 namespace normzoo {
 namespace {
-
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
 
 // How a tensor lies in memory: its samples, channels and positions, and whether the channel comes last.
 struct Layout {
@@ -269,42 +266,40 @@ Tensor gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Ma
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
-using Standardize = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Maybe&,
-    const Maybe&, const Maybe&, c10::IntArrayRef, int64_t, bool, double, bool, double);
-using StandardizeBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Maybe&, const Maybe&, const Tensor&, const Tensor&,
-    const Maybe&, c10::IntArrayRef, int64_t, bool, double, bool);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
+// What has no gradient. The function keeps a record of every tensor that it sees, so it sees none of these.
+struct Rest {
+  const Maybe &mask, &mean, &var, &running_mean, &running_var, &batches;
+  c10::IntArrayRef axes;
+  int64_t channel_dim;
+  bool centred;
+  double eps;
+  bool constant;
+  double momentum;
+  Tensor means, vars, number;  // results
+};
 
 struct Node : torch::autograd::Function<Node> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
-      const Maybe& floor, const Maybe& mask, const Maybe& mean, const Maybe& var, const Maybe& running_mean,
-      const Maybe& running_var, const Maybe& batches, c10::IntArrayRef axes, int64_t channel_dim, bool centred,
-      double eps, bool constant, double momentum) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
+                        const Maybe& floor, Rest& rest) {
     static const auto op = find<Standardize>("normzoo::standardize");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, means, vars, number] = op.call(x, weight, bias, floor, mask, mean, var, running_mean, running_var, batches,
-                                            axes, channel_dim, centred, eps, constant, momentum);
-    const bool known = mean && mean->defined();
+    Tensor y;
+    std::tie(y, rest.means, rest.vars, rest.number) =
+        op.call(x, weight, bias, floor, rest.mask, rest.mean, rest.var, rest.running_mean, rest.running_var,
+                rest.batches, rest.axes, rest.channel_dim, rest.centred, rest.eps, rest.constant, rest.momentum);
+    const bool known = rest.mean && rest.mean->defined();
     const auto plain = [](const Maybe& t) { return t ? *t : Tensor(); };
-    // the values of bias and floor are needed only where the floor decides what passes
-    ctx->save_for_backward({x, plain(weight), plain(bias), plain(floor), plain(mask), known ? *mean : means,
-                            known ? *var : vars, number});
-    ctx->saved_data["options"] = c10::IValue(std::make_tuple(axes.vec(), channel_dim, centred, eps, constant));
+    ctx->save_for_backward({x, plain(weight), plain(bias), plain(floor), plain(rest.mask),
+                            known ? *rest.mean : rest.means, known ? *rest.var : rest.vars, rest.number});
+    ctx->saved_data["options"] =
+        c10::IValue(std::make_tuple(rest.axes.vec(), rest.channel_dim, rest.centred, rest.eps, rest.constant));
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({means, vars, number});
-    return {y, means, vars, number};
+    return y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    torch::autograd::variable_list out(16);
+    torch::autograd::variable_list out(5);  // one for each argument of the forward pass
     if (!grads[0].defined()) return out;
     static const auto op = find<StandardizeBackward>("normzoo::standardize_backward");
     const auto saved = ctx->get_saved_variables();
@@ -335,9 +330,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_autograd(
     const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask, const Maybe& mean,
     const Maybe& var, const Maybe& running_mean, const Maybe& running_var, const Maybe& batches, c10::IntArrayRef axes,
     int64_t channel_dim, bool centred, double eps, bool constant, double momentum) {
-  auto out = Node::apply(x, weight, bias, floor, mask, mean, var, running_mean, running_var, batches, axes, channel_dim,
-                         centred, eps, constant, momentum);
-  return {out[0], out[1], out[2], out[3]};
+  Rest rest{mask, mean,        var,     running_mean, running_var, batches,
+            axes, channel_dim, centred, eps,          constant,    momentum, {}, {}, {}};
+  const Tensor y = Node::apply(x, weight, bias, floor, rest);
+  return {y, rest.means, rest.vars, rest.number};
 }
 
 }  // namespace

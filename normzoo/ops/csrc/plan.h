@@ -21,6 +21,11 @@ struct Axis {
 // Where a run begins: in memory, among the channels and in the mask.
 struct Start {
   int64_t memory = 0, channel = 0, mask = 0;
+
+  Start operator+(const Start& more) const {
+    return {memory + more.memory, channel + more.channel, mask + more.mask};
+  }
+  Start operator*(int64_t times) const { return {memory * times, channel * times, mask * times}; }
 };
 
 // The starts of the runs along some axes, the last of which is the fastest.
@@ -44,9 +49,7 @@ struct Starts {
     for (size_t j = steps.size(); j-- > 0;) {
       const auto& [size, stride] = steps[j];
       const int64_t whole = j > 0 ? i / size : 0, index = i - whole * size;  // few divisions: most have one axis
-      at.memory += index * stride.memory;
-      at.channel += index * stride.channel;
-      at.mask += index * stride.mask;
+      at = at + stride * index;
       i = whole;
     }
     return at;
@@ -68,32 +71,46 @@ struct Plan {
   int64_t channels = 1;
   int64_t repeat = 1;            // columns across channels: positions in one run, which are reduced together
   int64_t groups = 1;            // rows, columns: statistics in one run
-  std::vector<int32_t> group;    // columns across channels: the statistic of each channel
+  std::vector<int32_t> group;    // columns across channels: the statistic of each channel, where they share them
   Starts kept, reduced;          // the other axes
   // the same axes in the order of the memory, with their strides among the kept and the reduced ones
   struct Step {
     int64_t size, kept, reduced;
+    Start stride;
   };
   std::vector<Step> order;
   int64_t count = 1;             // elements of one statistic
   std::vector<int64_t> shape;    // of the statistics, in the order of the memory
 
-  Start at(int64_t k, int64_t r) const {
-    const Start a = kept[k], b = reduced[r];
-    return {a.memory + b.memory, a.channel + b.channel, a.mask + b.mask};
-  }
-  // The run at a place of the memory: its kept and its reduced index.
-  std::pair<int64_t, int64_t> run(int64_t place) const {
-    int64_t k = 0, r = 0;
-    for (size_t i = order.size(); i-- > 0;) {
-      const int64_t whole = i > 0 ? place / order[i].size : 0, index = place - whole * order[i].size;
-      k += index * order[i].kept;
-      r += index * order[i].reduced;
-      place = whole;
-    }
-    return {k, r};
-  }
   int64_t statistics() const { return kept.size() * (family == Family::runs ? 1 : groups); }
+};
+
+// One run after the other in the order of the memory.
+struct Cursor {
+  const Plan& plan;
+  int64_t kept = 0, reduced = 0;
+  Start start;
+  std::vector<int64_t> index;
+
+  Cursor(const Plan& plan, int64_t place) : plan(plan), index(plan.order.size()) {
+    for (size_t i = index.size(); i-- > 0; place /= plan.order[i].size) move(i, place % plan.order[i].size);
+  }
+
+  void move(size_t axis, int64_t steps) {
+    const auto& step = plan.order[axis];
+    index[axis] += steps;
+    kept += steps * step.kept;
+    reduced += steps * step.reduced;
+    start = start + step.stride * steps;
+  }
+
+  void next() {
+    for (size_t i = index.size(); i-- > 0;) {
+      move(i, 1);
+      if (index[i] < plan.order[i].size) return;
+      move(i, -plan.order[i].size);
+    }
+  }
 };
 
 // spec: numbers of factors of samples, channels and positions, then for each its size (-1: what is left) and whether it
@@ -167,7 +184,8 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
   int64_t k = plan.kept.size(), r = plan.reduced.size();
   for (size_t i = 0; i < inner; ++i) {
     (axes[i].kept ? k : r) /= axes[i].size;
-    plan.order.push_back({axes[i].size, axes[i].kept ? k : 0, axes[i].kept ? 0 : r});
+    plan.order.push_back({axes[i].size, axes[i].kept ? k : 0, axes[i].kept ? 0 : r,
+                          {strides[i], axes[i].channel, axes[i].mask}});
   }
 
   if (!plan.across && !any_kept) return plan;
@@ -182,15 +200,16 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
   }
   plan.family = Family::columns;
   if (plan.across) {
-    plan.group.assign(channels, 0);
-    for (int64_t c = 0; c < channels; ++c) {
-      int64_t rest = c, group = 0, scale = 1;
-      for (size_t i = axes.size(); i-- > inner; rest /= axes[i].size)
-        if (axes[i].kept) {
-          group += rest % axes[i].size * scale;
-          scale *= axes[i].size;
-        }
-      plan.group[c] = (int32_t)group;
+    if (plan.groups == channels) return plan;
+    plan.group.reserve(channels);
+    plan.group.push_back(0);
+    int64_t scale = plan.groups;
+    for (size_t i = inner; i < axes.size(); ++i) {  // the channels of the outer axes, each with all of this one
+      if (axes[i].kept) scale /= axes[i].size;
+      const auto outer = plan.group;
+      plan.group.clear();
+      for (const auto group : outer)
+        for (int64_t j = 0; j < axes[i].size; ++j) plan.group.push_back(group + (axes[i].kept ? j * scale : 0));
     }
   }
   return plan;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -61,6 +62,9 @@ NORMZOO_INLINE V read(const T* p, Full) {
 }
 template <class V, class T>
 NORMZOO_INLINE V read(const T* p, Tail part) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_maskz_loadu_epi16((__mmask16)((1u << part.lanes) - 1), p);
+#endif
   V v{};
   std::memcpy(&v, p, part.lanes * sizeof(T));
   return v;
@@ -71,6 +75,9 @@ NORMZOO_INLINE void write(T* p, V v, Full) {
 }
 template <class V, class T>
 NORMZOO_INLINE void write(T* p, V v, Tail part) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(V) == 32) return _mm256_mask_storeu_epi16(p, (__mmask16)((1u << part.lanes) - 1), (__m256i)v);
+#endif
   std::memcpy(p, &v, part.lanes * sizeof(T));
 }
 
@@ -169,6 +176,33 @@ NORMZOO_INLINE float sum(vf v) {
 #endif
 }
 
+// The sums of two, for little more than that of one.
+NORMZOO_INLINE std::pair<float, float> sums(vf a, vf b) {
+#ifdef __AVX512F__
+  const __m512 c = (__m512)a, d = (__m512)b;
+  __m512 both = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  both = _mm512_add_ps(both, _mm512_shuffle_f32x4(both, both, 0xb1));
+  both = _mm512_add_ps(both, _mm512_permute_ps(both, 0x4e));
+  both = _mm512_add_ps(both, _mm512_permute_ps(both, 0xb1));
+  return {_mm512_cvtss_f32(both), _mm_cvtss_f32(_mm512_extractf32x4_ps(both, 2))};
+#else
+  return {sum(a), sum(b)};
+#endif
+}
+
+// The sum of kMany vectors, in pairs.
+template <int kMany>
+NORMZOO_INLINE vf tree(const vf* v) {
+  if constexpr (kMany == 1)
+    return v[0];
+  else
+    return tree<kMany / 2>(v) + tree<kMany - kMany / 2>(v + kMany / 2);
+}
+template <int kMany>
+NORMZOO_INLINE vf tree(const vf (&v)[kMany]) {
+  return tree<kMany>(static_cast<const vf*>(v));
+}
+
 NORMZOO_INLINE vf root(vf v) {
 #ifdef __AVX512F__
   return (vf)_mm512_sqrt_ps((__m512)v);
@@ -176,6 +210,14 @@ NORMZOO_INLINE vf root(vf v) {
   for (int64_t i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 #endif
+}
+
+// Call f(i) for i < kMany, each a constant.
+template <int kMany, class F>
+NORMZOO_INLINE void unrolled(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kMany>{});
 }
 
 // Call f(i, j, part) for every vector of n elements: i is its first element, j < 4 names an accumulator.

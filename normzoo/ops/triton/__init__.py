@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from normzoo.ops import affine, reference
 from normzoo.ops.cpu import transformed
 from normzoo.ops.pattern import Pattern
 from normzoo.ops.reference import Moments
+from normzoo.ops.sync import merge, total_gradients
 from normzoo.ops.triton import kernels
 from normzoo.ops.triton.plan import DIMENSIONS, Nest, Plan, Tile, depth, make_plan, statistic_shape
 
@@ -43,7 +46,7 @@ def serves(
     """Whether the kernels can do this; what they cannot, the formula does."""
     if not (kernels.AVAILABLE if x.is_cuda else kernels.INTERPRETED and x.device.type == "cpu"):
         return False
-    if sync or x.numel() == 0 or not (x.dtype == torch.float32 or x.dtype in _HALF):
+    if (sync and not _eager(x)) or x.numel() == 0 or not (x.dtype == torch.float32 or x.dtype in _HALF):
         return False
     parameters = [p for p in (weight, bias) if p is not None]
     if any(p.dtype not in (torch.float32, x.dtype) or p.device != x.device for p in parameters):
@@ -78,6 +81,8 @@ def standardize(
     mask: Tensor | None = None,
     given: Moments | None = None,
     rescale: Callable[[Moments], tuple[Tensor | None, Tensor | None]] | None = None,
+    sync: bool = False,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """:func:`normzoo.ops.standardize` for what :func:`serves` accepts; no statistics come back when they are given."""
     x, mask = x.contiguous(), None if mask is None else mask.contiguous()
@@ -87,14 +92,22 @@ def standardize(
     mean = var = count = moments = None
     if given is not None:
         mean, var = (m.to(torch.float32).reshape(-1).contiguous() for m in (given.mean, given.var))
-    elif rescale is not None:
+    elif rescale is not None or sync:
         mean, var, count = torch.ops.normzoo.triton_moments(x.detach(), mask, *where, centred)
-        count = None if mask is None else count
-        moments = Moments(mean, var, _number(x, var) if count is None else count)
-        parameters = rescale(moments)
-        weight, bias = (p if p is None or p.dtype == x.dtype else p.to(torch.float32) for p in parameters)
+        moments = Moments(mean, var, _number(x, var) if mask is None else count)
+        if sync:
+            moments = Moments(*merge(*moments, group))
+        mean, var, number = moments
+        count = number if isinstance(number, Tensor) else None
+        if rescale is not None:
+            parameters = rescale(moments)
+            weight, bias = (p if p is None or p.dtype == x.dtype else p.to(torch.float32) for p in parameters)
+    inputs = x, weight, bias, mask, mean, var, count, *where, eps, centred, moments is not None
+    if sync and given is None:
+        y, *_ = _Synchronized.apply(*inputs, group)  # pyright: ignore[reportGeneralTypeIssues]
+        return y, moments
     compute = _Standardize.apply if _eager(x) else torch.ops.normzoo.triton_standardize
-    y, *found = compute(x, weight, bias, mask, mean, var, count, *where, eps, centred, rescale is not None)
+    y, *found = compute(*inputs)
     if given is None and rescale is None:
         mean, var, count = found
         moments = Moments(mean, var, _number(x, var) if mask is None else count)
@@ -262,9 +275,10 @@ def _backward(
     given: bool,
     gain: bool,
     shift: bool,
+    meet: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     p = _plan(x, pattern, options, channels_last, weight is not None or shift, mask is not None)
-    nest, tile = p.nest, None if given else p.backward
+    nest, tile = p.nest, None if given or meet else p.backward
     dx = torch.empty_like(x)
     means = mean if centred else None
     along = plain = None
@@ -279,6 +293,8 @@ def _backward(
             )  # fmt: skip
             along, *rest = sums.sum(1).unbind()
             plain = rest[0] if centred else None
+            if meet is not None:
+                along, plain = meet(along, plain)
         summed = tile is None
         tile = tile or p.backward_given
         shares = x.new_empty((gain + shift, tile.step, p.channels), dtype=torch.float32)
@@ -322,7 +338,8 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.bias_dtype = None if bias is None else bias.dtype
     if var is None:
         mean, var, count = moments
-    ctx.save_for_backward(x, weight, mask, mean, var, None if mask is None else count)
+        count = None if mask is None else count
+    ctx.save_for_backward(x, weight, mask, mean, var, count)
     ctx.mark_non_differentiable(*moments)
 
 
@@ -355,6 +372,32 @@ class _Standardize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # with gradients on, somebody will differentiate this in turn
         return _differentiate(ctx, dy) if torch.is_grad_enabled() else _gradients(ctx, dy, _backward)
+
+
+class _Synchronized(torch.autograd.Function):
+    """The same by statistics of all processes of a group, whose sums they add up in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *own, ctx.group = inputs
+        output = _forward(*own)
+        _save_forward(ctx, tuple(own), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        var, eps = ctx.saved_tensors[4], ctx.settings[3]
+        scale = torch.rsqrt(var.flatten() + eps)
+
+        def meet(along: Tensor, plain: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            to_mean = torch.zeros_like(along) if plain is None else -scale * plain
+            to_mean, to_var = total_gradients(to_mean, along * scale * scale / -2, ctx.group)
+            return -2 * to_var / scale / scale, None if plain is None else -to_mean / scale
+
+        # as in the formula: where the input is a constant on every rank, they do not meet
+        compute = partial(_backward, meet=meet if ctx.needs_input_grad[0] else None)
+        return *_gradients(ctx, dy, compute), None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
