@@ -301,6 +301,9 @@ class MomentNorm(CanonicalNorm):
 
     pattern: ClassVar[Pattern]
 
+    _own_steps: ClassVar[bool]  # whether it normalises in another way than by the one operation
+    _own_update: ClassVar[bool]  # whether a batch is counted in another way than by moving the averages
+
     eps: float
     momentum: float | None
     sync: bool
@@ -313,6 +316,9 @@ class MomentNorm(CanonicalNorm):
         if not isinstance(getattr(cls, "moments", None), str):
             raise NormzooError(f"{cls.__name__} is a MomentNorm without a pattern; state it: moments = 'b c s -> c'")
         cls.pattern = Pattern.parse(cls.moments)
+        steps = ((cls.normalize, MomentNorm.normalize), (cls.standardize, MomentNorm.standardize))
+        cls._own_steps = any(own is not plain for own, plain in steps)
+        cls._own_update = cls.update is not MomentNorm.update or cls.pattern.kept != cls.pattern.population.kept
         if cls.__init__ is MomentNorm.__init__:
             keyword = inspect.Parameter.KEYWORD_ONLY
             cls.__signature__ = inspect.Signature(
@@ -435,18 +441,19 @@ class MomentNorm(CanonicalNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise; see the class."""
-        kind = type(self)
-        if kind.normalize is not MomentNorm.normalize or kind.standardize is not MomentNorm.standardize:
-            return super().forward(x, mask)  # another norm's own steps see the canonical form
+        if self._own_steps:
+            return super().forward(x, mask)  # they see the canonical form
         self.check_input(x, mask)
         return self.normalize(x, mask, self.channel_dim == -1)  # the operation takes any rank: no views to pay for
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """The norm on ``(b, c, *s)`` or ``(b, *s, c)``, with a mask of shape ``(b, *s)``."""
-        if self.evaluates:
-            return self.standardize(x, mask, channels_last, given=self.population())[0]
+        running = None
+        if self.track_running_stats:
+            if not self.training:
+                return self.standardize(x, mask, channels_last, given=self.population())[0]
+            running = self.running() if self.counts else None
         self.check_count(x, mask, channels_last)
-        running = self.running() if self.counts else None
         y, moments = self.standardize(x, mask, channels_last, running=running)
         if moments is not None:
             self.update(moments)
@@ -471,8 +478,8 @@ class MomentNorm(CanonicalNorm):
             self.sizes,
             channels_last=channels_last,
             eps=self.eps,
-            weight=self.weight if affine else None,
-            bias=self.bias if affine else None,
+            weight=self._parameter("weight") if affine else None,
+            bias=self._parameter("bias") if affine else None,
             centred=self.centred,
             mask=mask,
             given=given,
@@ -481,6 +488,11 @@ class MomentNorm(CanonicalNorm):
             sync=self.sync and self.training and given is None and world_size(group) > 1,
             group=group,
         )
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """The attribute, by the dictionary that the module would look into last."""
+        known = self._parameters
+        return known[name] if name in known else getattr(self, name)  # noqa: SIM401 (getattr is what it spares)
 
     def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
         """Refuse statistics over one value: their output is the bias whatever the input.
@@ -524,12 +536,13 @@ class MomentNorm(CanonicalNorm):
 
     def running(self) -> Running | None:
         """The running averages, where counting a batch is nothing more than moving them."""
-        var, batches = self.running_var, self.num_batches_tracked
-        if self.momentum is None or self.remembered or var is None or batches is None or var.dtype != torch.float32:
+        if self.momentum is None or self.remembered or self._own_update:
             return None
-        if type(self).update is not MomentNorm.update or self.pattern.kept != self.pattern.population.kept:
+        buffers = self._buffers
+        var, batches = buffers["running_var"], buffers["num_batches_tracked"]
+        if var is None or batches is None or var.dtype != torch.float32:
             return None
-        return Running(self.running_mean, var, batches, self.momentum)
+        return Running(buffers.get("running_mean"), var, batches, self.momentum)
 
     def remember(self, *names: str) -> None:
         """Keep these buffers as they were before the latest batch as well, for :meth:`recall`.

@@ -22,7 +22,7 @@ struct Shares {
   int64_t channels = 0;
   Floats data;
 
-  Shares(int64_t threads, int64_t channels) : channels(channels), data(threads * 3 * channels) {}
+  Shares(int64_t threads, int64_t channels) : channels(channels), data(threads * 3 * channels, 0.f) {}
   float* weight() { return data.data() + at::get_thread_num() * 3 * channels; }
   float* bias() { return weight() + channels; }
   float* floor() { return weight() + 2 * channels; }

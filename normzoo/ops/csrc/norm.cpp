@@ -152,10 +152,16 @@ void track(const Maybe& running_mean, const Maybe& running_var, const Maybe& bat
                 "expected a contiguous running average of ", value.numel(), " float32 numbers");
     float* to = running.mutable_data_ptr<float>();
     const float *from = value.const_data_ptr<float>(), *numbers = number.numel() ? number.const_data_ptr<float>() : nullptr;
-    for (int64_t c = 0; c < running.numel(); ++c) {
-      const float n = numbers ? numbers[c] : (float)count;
+    const int64_t channels = running.numel();
+    const auto move = [&](int64_t c, float n) {
       const float scale = unbiased ? n / std::max(n - 1, 1.f) : 1;
-      if (n > 0) to[c] += (float)weight * (scale * from[c] - to[c]);
+      to[c] += (float)weight * (scale * from[c] - to[c]);
+    };
+    if (numbers) {
+      for (int64_t c = 0; c < channels; ++c)
+        if (numbers[c] > 0) move(c, numbers[c]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) move(c, (float)count);
     }
   };
   if (running_mean && running_mean->defined()) average(*running_mean, mean, false);

@@ -3,6 +3,7 @@
 
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstdint>
 #include <utility>
@@ -34,7 +35,7 @@ struct Starts {
     int64_t size;
     Start stride;
   };
-  std::vector<Step> steps;
+  c10::SmallVector<Step, 4> steps;
   int64_t number = 1;
 
   int64_t size() const { return number; }
@@ -78,9 +79,9 @@ struct Plan {
     int64_t size, kept, reduced;
     Start stride;
   };
-  std::vector<Step> order;
+  c10::SmallVector<Step, 8> order;
   int64_t count = 1;             // elements of one statistic
-  std::vector<int64_t> shape;    // of the statistics, in the order of the memory
+  c10::SmallVector<int64_t, 8> shape;  // of the statistics, in the order of the memory
 
   int64_t statistics() const { return kept.size() * (family == Family::runs ? 1 : groups); }
 };
@@ -90,7 +91,7 @@ struct Cursor {
   const Plan& plan;
   int64_t kept = 0, reduced = 0;
   Start start;
-  std::vector<int64_t> index;
+  c10::SmallVector<int64_t, 8> index;
 
   Cursor(const Plan& plan, int64_t place) : plan(plan), index(plan.order.size()) {
     for (size_t i = index.size(); i-- > 0; place /= plan.order[i].size) move(i, place % plan.order[i].size);
@@ -117,7 +118,7 @@ struct Cursor {
 // is kept. channels_last speaks of the memory.
 inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, int64_t positions, bool channels_last,
                       bool masked) {
-  std::vector<Axis> parts[3];
+  c10::SmallVector<Axis, 4> parts[3];
   const int64_t totals[3] = {samples, channels, positions};
   size_t at = 3;
   for (int which = 0; which < 3; ++which) {
@@ -142,7 +143,7 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
 
   Plan plan;
   plan.channels = channels;
-  std::vector<Axis> axes;
+  c10::SmallVector<Axis, 8> axes;
   for (int which : {0, channels_last ? 2 : 1, channels_last ? 1 : 2})
     for (const auto& axis : parts[which]) {
       if (axis.kept) plan.shape.push_back(axis.size);
@@ -178,7 +179,7 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
     plan.repeat = many;
   }
   int64_t stride = plan.width;
-  std::vector<int64_t> strides(inner);
+  c10::SmallVector<int64_t, 8> strides(inner);
   for (size_t i = inner; i-- > 0; stride *= axes[i].size) strides[i] = stride;
   for (size_t i = 0; i < inner; ++i) (axes[i].kept ? plan.kept : plan.reduced).cross(axes[i], strides[i]);
   int64_t k = plan.kept.size(), r = plan.reduced.size();

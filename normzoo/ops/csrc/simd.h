@@ -33,7 +33,8 @@ typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
 #define NORMZOO_INLINE inline __attribute__((always_inline))
 
-// Floats that begin with a cache line: a vector that crosses one is read twice.
+// Floats that begin with a cache line, for a vector that crosses one is read twice, and are not set unless a value is
+// given.
 template <class T>
 struct Aligned {
   using value_type = T;
@@ -42,6 +43,14 @@ struct Aligned {
   Aligned(const Aligned<U>&) {}
   T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
   void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <class U>
+  void construct(U* p) {
+    ::new ((void*)p) U;
+  }
+  template <class U, class V>
+  void construct(U* p, V&& value) {
+    ::new ((void*)p) U(std::forward<V>(value));
+  }
   bool operator==(const Aligned&) const { return true; }
 };
 using Floats = std::vector<float, Aligned<float>>;
