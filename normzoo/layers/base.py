@@ -492,7 +492,7 @@ class MomentNorm(CanonicalNorm):
     def _parameter(self, name: str) -> Tensor | None:
         """The attribute, by the dictionary that the module would look into last."""
         known = self._parameters
-        return known[name] if name in known else getattr(self, name)  # noqa: SIM401 (getattr is what it spares)
+        return known[name] if name in known else getattr(self, name)
 
     def check_count(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> None:
         """Refuse statistics over one value: their output is the bias whatever the input.

@@ -13,7 +13,7 @@ from normzoo.layers.batch import BatchNorm
 from normzoo.layers.parts import BatchCellNorm, column, gate_weights, wide
 from normzoo.layers.sample import InstanceNorm
 from normzoo.ops import Moments, affine
-from normzoo.ops.cells import pool
+from normzoo.ops.cells import mixture, pool
 from normzoo.registry import register
 
 
@@ -63,11 +63,7 @@ class MixedMomentsNorm(MixingNorm):
 
     def coefficients(self, own: Moments, batch: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, float]:
         """Standardise by the mixed moments."""
-        (p_own, p_layer, p_batch), (q_own, q_layer, q_batch) = (shares.unbind() for shares in tensors)
-        layer = pool(own, 1)
-        centre = p_own * own.mean + p_layer * layer.mean + p_batch * batch.mean
-        var = q_own * own.var + q_layer * layer.var + q_batch * batch.var
-        return centre, torch.rsqrt(var + self.eps), 0.0
+        return *mixture(own, batch, *tensors, self.eps), 0.0
 
 
 @register("switchable_norm", aliases=("sn",))
