@@ -569,6 +569,9 @@ class MomentNorm(CanonicalNorm):
         """
         if not self.counts:
             return
+        running = self.running()
+        if running is not None and ops.allowed("cpu") and ops.cpu.track(running, moments, self.centred):
+            return
         assert self.running_var is not None
         mean, var, number = moments
         shape = self.running_var.shape

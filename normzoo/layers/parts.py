@@ -253,6 +253,16 @@ class BatchCellNorm(BatchFormulaNorm):
     def _count(
         self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        y, (mean, var, number) = self.measured(x, mask, channels_last, weight, bias)
+        if self.counts:
+            number = number.flatten() if isinstance(number, Tensor) else number
+            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), number))
+        return y
+
+    def measured(
+        self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        """The output, and the moments of the batch that it was normalised by."""
         running, batches = self._running() if self.evaluates else None, []
 
         def coefficients(own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -262,11 +272,7 @@ class BatchCellNorm(BatchFormulaNorm):
             return self.coefficients(own, batch, *tensors)
 
         y, _ = cellwise(x, mask, channels_last, coefficients, self.tensors(), weight=weight, bias=bias)
-        if self.counts:
-            mean, var, number = batches[0]
-            number = number.flatten() if isinstance(number, Tensor) else number
-            self.update(Moments(mean.detach().flatten(), var.detach().flatten(), number))
-        return y
+        return y, batches[0]
 
     def _running(self) -> Moments:
         centre, squared_scale, number = self.population()

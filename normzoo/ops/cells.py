@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normzoo import ops
 from normzoo.errors import NormzooError
-from normzoo.ops import Moments, Pattern, cpu, kernels, wide
+from normzoo.ops import Moments, Pattern, cpu, wide
 
 Coefficients = Callable[..., tuple[Tensor, Tensor, Tensor | float]]
 """Centre, scale and shift of each cell from :class:`~normzoo.ops.Moments` of shape ``(b, c, 1)`` and other tensors."""
@@ -66,25 +66,11 @@ def cellwise(
         >>> y.mean(2).abs().max() < 1e-5, own.mean.shape
         (tensor(True), torch.Size([4, 8, 1]))
     """
-    given, number = [*tensors], len(tensors)
-    given += [p for p in (weight, bias) if p is not None]
-
-    def folded(own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        centre, scale, shift = coefficients(own, *tensors[:number])
-        parameters = iter([wide(p).view(1, -1, 1) for p in tensors[number:]])
-        if weight is not None:
-            gain = next(parameters)
-            scale, shift = scale * gain, shift * gain if isinstance(shift, Tensor) else shift
-        if bias is not None:
-            shift = next(parameters) + shift if isinstance(shift, Tensor) or shift else next(parameters)
-        shift = shift if isinstance(shift, Tensor) else torch.full_like(scale, shift)
-        return centre, scale, shift
-
     if ops.allowed("cpu") and not torch.compiler.is_compiling() and cpu.serves(x, weight, bias, None):
         tracked = torch.is_grad_enabled()
-        y, *own = _Cellwise.apply(x, mask, channels_last, centred, tracked, folded, *given)  # pyright: ignore[reportGeneralTypeIssues]
+        y, *own = _Cellwise.apply(x, mask, channels_last, centred, tracked, coefficients, weight, bias, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
         return y, _moments(x, *own)
-    y, own = formula(x, mask, channels_last, centred, folded, given)
+    y, own = formula(x, mask, channels_last, centred, coefficients, weight, bias, tensors)
     return y, Moments(own.mean.detach(), own.var.detach(), own.number)
 
 
@@ -136,8 +122,10 @@ def pool(cells: Moments, dim: int) -> Moments:
     """
     mean, var, number = cells
     if not isinstance(number, Tensor):
-        pooled = _Pool.apply(mean, var, dim) if _compiled(mean, var) else _pool(mean, var, dim)
-        return Moments(*pooled, number * mean.shape[dim])  # pyright: ignore[reportGeneralTypeIssues]
+        n = max(mean.shape[dim], 1)
+        centre = mean.sum(dim, keepdim=True) / n
+        var = (var + (mean - centre).square()).sum(dim, keepdim=True) / n
+        return Moments(centre, var, number * mean.shape[dim])
     number = number.expand_as(mean)
     total = number.sum(dim, keepdim=True)
     share = number / total.clamp(min=1)
@@ -145,88 +133,93 @@ def pool(cells: Moments, dim: int) -> Moments:
     return Moments(centre, (share * (var + (mean - centre).square())).sum(dim, keepdim=True), total)
 
 
-def mixture(own: Moments, batch: Moments, means: Tensor, variances: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    r"""Centre and scale from shares of the moments of a cell, of all cells of its sample, and of the batch.
+def mixture(
+    x: Tensor,
+    mask: Tensor | None,
+    channels_last: bool,
+    means: Tensor,
+    variances: Tensor,
+    batch: Moments | None,
+    *,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Moments] | None:
+    r"""Standardise each cell by shares of the moments of it, of all cells of its sample, and of the batch.
 
-    .. math:: m = \sum_k p_k \mu_k, \qquad a = \Big(\sum_k q_k \sigma_k^2 + \varepsilon\Big)^{-\frac12}
+    .. math:: y_{bcs} = \gamma_c \frac{x_{bcs} - \sum_k p_k \mu_k}{\sqrt{\sum_k q_k \sigma_k^2 + \varepsilon}} + \beta_c
 
     Args:
-        own: the moments of the cells, ``(b, c, 1)``.
-        batch: those of the batch, ``(1, c, 1)``.
+        x: ``(b, c, s)``, or ``(b, s, c)`` when ``channels_last``.
+        mask: ``(b, s)``, true where an element is real.
+        channels_last: whether the last axis is the channel.
         means: :math:`p`, three shares: of the cell, the sample and the batch.
         variances: :math:`q`, likewise.
+        batch: moments to use for those of the batch, ``(1, c, 1)``; they are constants.
         eps: :math:`\varepsilon`.
+        weight: :math:`\gamma` of shape ``(c,)``.
+        bias: :math:`\beta` of shape ``(c,)``.
+
+    Returns:
+        The output, in the dtype and layout of ``x``, and the moments of the batch, of shape ``(c,)``; ``None`` where no
+        compiled operator takes this input, and :func:`cellwise` with :func:`mixed` does the same.
+    """
+    if mask is not None or torch.compiler.is_compiling() or means.dtype != torch.float32:
+        return None
+    if not ops.allowed("cpu") or not cpu.serves(x, weight, bias, batch):
+        return None
+    y, mean, var = _Mixture.apply(x, channels_last, batch, eps, means, variances, weight, bias)  # pyright: ignore[reportGeneralTypeIssues]
+    return y, batch or Moments(mean, var, x.numel() // mean.numel())
+
+
+def mixed(own: Moments, batch: Moments, means: Tensor, variances: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Centre and scale of :func:`mixture` from the moments of the cells, ``(b, c, 1)``, and of the batch.
 
     >>> own = Moments(torch.tensor([[[1.0], [3.0]]]), torch.tensor([[[0.0], [2.0]]]), 5)
-    >>> centre, scale = mixture(own, pool(own, 0), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]), 0.0)
+    >>> centre, scale = mixed(own, pool(own, 0), torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]), 0.0)
     >>> centre.flatten(), scale.flatten()
     (tensor([2., 2.]), tensor([0.7071, 0.7071]))
     """
-    inputs = (own.mean, own.var, batch.mean, batch.var, means, variances)
-    return (_Mixture.apply if _compiled(*inputs) else _mixture)(*inputs, eps)  # pyright: ignore[reportReturnType]
-
-
-def _compiled(*tensors: Tensor) -> bool:
-    """Whether compiled operators take these moments of cells."""
-    if torch.compiler.is_compiling() or not all(t.is_cpu and t.dtype == torch.float32 for t in tensors):
-        return False
-    return tensors[0].ndim == 3 and ops.allowed("cpu") and not cpu.transformed() and kernels.load()
-
-
-def _pool(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    n = max(mean.shape[dim], 1)
-    centre = mean.sum(dim, keepdim=True) / n
-    return centre, (var + (mean - centre).square()).sum(dim, keepdim=True) / n
-
-
-class _Pool(torch.autograd.Function):
-    """The compiled operators for it; the second derivative is that of the formula."""
-
-    @staticmethod
-    def forward(ctx: Any, mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        mean, var = mean.contiguous(), var.contiguous()
-        pooled = torch.ops.normzoo.pool.default(mean, var, dim == 0)
-        ctx.save_for_backward(mean, var, pooled[0])
-        ctx.dim = dim
-        return pooled
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        mean, var, centre = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            to_mean, to_var = (grad.contiguous() for grad in grads)
-            return *torch.ops.normzoo.pool_backward.default(to_mean, to_var, mean, centre, ctx.dim == 0), None
-        leaves = [mean.view_as(mean), var.view_as(var)]
-        return *_grad(_pool(*leaves, ctx.dim), leaves, ctx.needs_input_grad[:2], grads, create_graph=True), None
-
-
-def _mixture(
-    mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, means: Tensor, variances: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    layer = pool(Moments(mean, var, 1), 1)  # a mask leaves as many positions in all channels
-    p, q = means.unbind(), variances.unbind()
-    centre = p[0] * mean + p[1] * layer.mean + p[2] * batch_mean
-    return centre, torch.rsqrt(q[0] * var + q[1] * layer.var + q[2] * batch_var + eps)
+    p, q, sample = means.unbind(), variances.unbind(), pool(own, 1)
+    centre = p[0] * own.mean + p[1] * sample.mean + p[2] * batch.mean
+    return centre, torch.rsqrt(q[0] * own.var + q[1] * sample.var + q[2] * batch.var + eps)
 
 
 class _Mixture(torch.autograd.Function):
-    """The compiled mixture; its second derivative is that of the formula."""
+    """The compiled operators for it; the second derivative is that of the formula."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *tensors, ctx.eps = inputs
-        centre, scale = torch.ops.normzoo.mixture.default(*(t.contiguous() for t in tensors), ctx.eps)
-        ctx.save_for_backward(*tensors, scale)
-        return centre, scale
+    def forward(
+        ctx: Any, x: Tensor, channels_last: bool, batch: Moments | None, eps: float, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        p, q, weight, bias = others
+        given = (None, None) if batch is None else (batch.mean.flatten(), batch.var.flatten())
+        y, mean, var, centre, scale, *measured = torch.ops.normzoo.mixture.default(
+            x, *given, p, q, weight, bias, _AXES, -1 if channels_last else 1, eps
+        )
+        ctx.save_for_backward(x, mean, var, centre, scale, *(measured if batch is None else given), *others)
+        ctx.options = channels_last, batch, eps
+        ctx.mark_non_differentiable(*measured)
+        return y, *measured
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, scale = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *kept, p, q, weight, bias = ctx.saved_tensors
+        channels_last, batch, eps = ctx.options
         if not torch.is_grad_enabled():
-            tensors = (t.contiguous() for t in (*grads, *tensors, scale))
-            return *torch.ops.normzoo.mixture_backward.default(*tensors), None
-        leaves = [t.view_as(t) for t in tensors]
-        return *_grad(_mixture(*leaves, ctx.eps), leaves, ctx.needs_input_grad[:6], grads, create_graph=True), None
+            dx, to_p, to_q, *affine = torch.ops.normzoo.mixture_backward.default(
+                dy, x, *kept, p, q, weight, _AXES, -1 if channels_last else 1, batch is not None
+            )
+            affine = [None if t is None else grad.to(t.dtype) for t, grad in zip((weight, bias), affine, strict=True)]
+            return dx, None, None, None, to_p, to_q, *affine
+
+        def coefficients(own: Moments, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, float]:
+            return *mixed(own, batch or pool(own, 0), p, q, eps), 0.0
+
+        views: list[Any] = [None if t is None else t.view_as(t) for t in (x, p, q, weight, bias)]
+        y, _ = formula(views[0], None, channels_last, True, coefficients, views[3], views[4], views[1:3])
+        dx, *grads = _grad([y], views, (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]), [dy], create_graph=True)
+        return dx, None, None, None, *grads
 
 
 def formula(
@@ -234,7 +227,9 @@ def formula(
     mask: Tensor | None,
     channels_last: bool,
     centred: bool,
-    coefficients: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    coefficients: Coefficients,
+    weight: Tensor | None,
+    bias: Tensor | None,
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor, Moments]:
     """What :func:`cellwise` computes, in plain differentiable operations."""
@@ -247,10 +242,21 @@ def formula(
         mean = z.sum(2, keepdim=True) / n if centred else z.new_zeros(()).expand(*z.shape[:2], 1)
         off = z - mean if real is None else torch.where(real, z - mean, 0)
         own = Moments(mean, off.square().sum(2, keepdim=True) / n, number)
-        centre, scale, shift = coefficients(own, *tensors)
+        centre, scale, shift = _folded(coefficients(own, *tensors), weight, bias)
         y = (z - centre) * scale + shift
     y = (y if real is None else torch.where(real, y, 0)).to(x.dtype)
     return y.mT if channels_last else y, own
+
+
+def _folded(
+    coefficients: tuple[Tensor, Tensor, Tensor | float], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """The coefficients with the gain and the shift of the channels in them."""
+    centre, scale, shift = coefficients
+    if weight is not None:
+        gain = wide(weight).view(1, -1, 1)
+        scale, shift = scale * gain, shift * gain
+    return centre, scale, shift if bias is None else shift + wide(bias).view(1, -1, 1)
 
 
 def _moments(x: Tensor, mean: Tensor, var: Tensor, number: Tensor) -> Moments:
@@ -265,24 +271,32 @@ class _Cellwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, mask: Tensor | None, channels_last: bool, centred: bool, tracked: bool,
-        coefficients: Callable[..., tuple[Tensor, Tensor, Tensor]], *tensors: Tensor,
+        coefficients: Coefficients, weight: Tensor | None, bias: Tensor | None, *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dim = -1 if channels_last else 1
         mean, var, number = torch.ops.normzoo.moments.default(x, mask, _AXES, dim, centred, 0.0)
-        own = _moments(x, mean, var, number)
-        needs = ctx.needs_input_grad
-        needed = (centred and needs[0], needs[0], *needs[6:])
+        own, needs = _moments(x, mean, var, number), ctx.needs_input_grad
+        folded = ()
         with torch.set_grad_enabled(tracked), ops.full_precision(x):
-            leaves = [t.detach() for t in (own.mean, own.var, *tensors)]
-            for leaf, need in zip(leaves, needed, strict=True):
-                leaf.requires_grad_(tracked and need)
+            needed = (centred and needs[0], needs[0], *needs[8:])
+            leaves = [_leaf(t, tracked and need) for t, need in zip((own.mean, own.var, *tensors), needed, strict=True)]
             results = coefficients(Moments(leaves[0], leaves[1], own.number), *leaves[2:])
-            results = [result.expand_as(own.mean) for result in results]
+            if isinstance(results[2], Tensor) or results[2]:  # otherwise the kernels know gain and shift
+                affine = zip((weight, bias), needs[6:8], strict=True)
+                folded = [None if p is None else _leaf(p, tracked and need) for p, need in affine]
+                centre, scale, shift = _folded(results, *folded)
+                results = centre, scale, shift if isinstance(shift, Tensor) else torch.full_like(scale, shift)
+                leaves += [leaf for leaf in folded if leaf is not None]
+                needed += tuple(leaf.requires_grad for leaf in folded if leaf is not None)
+            results = [result.expand_as(own.mean) for result in results if isinstance(result, Tensor)]
         if _depends_on_others(results, leaves):
             raise NormzooError("the coefficients need gradients of tensors that are not given: add these to 'tensors'")
-        centre, scale, shift = (result.detach().squeeze(2) for result in results)
-        y = torch.ops.normzoo.rescale.default(x, centre, scale, shift, None, None, mask, _AXES, dim)
-        ctx.save_for_backward(x, mask, mean, var, number, *tensors)
+        centre, scale, *shift = (result.detach().squeeze(2).contiguous() for result in results)
+        ctx.affine = () if folded else (weight, bias)
+        y = torch.ops.normzoo.rescale.default(
+            x, centre, scale, *(shift or [None]), *(ctx.affine or (None, None)), mask, _AXES, dim
+        )
+        ctx.save_for_backward(x, mask, mean, number, weight, bias, centre, scale, *tensors)
         ctx.options = channels_last, centred, coefficients
         ctx.graph = leaves, results, needed
         ctx.mark_non_differentiable(mean, var, number)
@@ -290,28 +304,38 @@ class _Cellwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mask, mean, var, number, *tensors = ctx.saved_tensors
+        x, mask, mean, number, weight, bias, centre, scale, *tensors = ctx.saved_tensors
         channels_last, centred, coefficients = ctx.options
+        needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # for a second derivative; views, since a tensor may depend on x by other ways
-            leaves = [t.view_as(t) for t in (x, *tensors)]
-            y, _ = formula(leaves[0], mask, channels_last, centred, coefficients, leaves[1:])
-            needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]
-            dx, *grads = _grad([y], leaves, needed, [dy], create_graph=True)
+            views: list[Any] = [None if t is None else t.view_as(t) for t in (x, weight, bias, *tensors)]
+            y, _ = formula(views[0], mask, channels_last, centred, coefficients, views[1], views[2], views[3:])
+            dx, *grads = _grad([y], views, (needs[0], *needs[6:]), [dy], create_graph=True)
             return dx, *[None] * 5, *grads
         dim = -1 if channels_last else 1
-        total, product, _, _ = torch.ops.normzoo.gradient_sums.default(dy, x, None, mask, mean, var, _AXES, dim, 1.0)
         leaves, results, needed = ctx.graph
-        centre, scale = (result.detach().squeeze(2) for result in results[:2])
-        arrived = (-scale * total, torch.addcmul(product, mean - centre, total), total)
-        arrived = [grad.unsqueeze(2).to(result.dtype) for grad, result in zip(arrived, results, strict=True)]
+        gain = ctx.affine[0] if ctx.affine else None
+        total, product, *parameters = torch.ops.normzoo.gradient_sums.default(
+            dy, x, gain, mask, centre, scale, _AXES, dim
+        )
+        arrived = [grad.unsqueeze(2) for grad in (-scale * total, product, total)[: len(results)]]
         dmean, dvar, *grads = _grad(results, leaves, needed, arrived)
+        to_tensors, folded = grads[: len(tensors)], iter(grads[len(tensors) :])
+        to_affine = [
+            None if p is None else grad.to(p.dtype) if ctx.affine else next(folded)
+            for p, grad in zip((weight, bias), parameters, strict=True)
+        ]
         dx = None
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             count = number.clamp(min=1) if number.numel() else x.numel() // mean.numel()
             q = torch.zeros_like(mean) if dvar is None else dvar.squeeze(2) * (2 / count)
             r = torch.zeros_like(mean) if dmean is None else dmean.squeeze(2) / count
-            dx = torch.ops.normzoo.gradient.default(dy, x, None, mask, mean, scale, q, r, _AXES, dim)
-        return dx, *[None] * 5, *grads
+            dx = torch.ops.normzoo.gradient.default(dy, x, gain, mask, mean, scale, q, r, _AXES, dim)
+        return dx, *[None] * 5, *to_affine, *to_tensors
+
+
+def _leaf(t: Tensor, needed: bool) -> Tensor:
+    return t.detach().requires_grad_(needed)
 
 
 def _depends_on_others(results: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:

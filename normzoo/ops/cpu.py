@@ -87,6 +87,20 @@ def _moments(results: Sequence[Tensor], x: Tensor) -> Moments:
     return Moments(mean, var, number if number.numel() else x.numel() / mean.numel())
 
 
+def track(running: Running, moments: Moments, centred: bool) -> bool:
+    """Count a batch into running averages, where that takes no more than the compiled operator."""
+    mean, var, number = moments
+    plain = mean.is_cpu and mean.dtype == var.dtype == torch.float32 and mean.is_contiguous() and var.is_contiguous()
+    if not plain or var.shape != running.var.shape or _compiling() or transformed() or not kernels.load():
+        return False
+    each, count = (number, 0.0) if isinstance(number, Tensor) else (None, number)
+    each = None if each is None else each.to(torch.float32).expand_as(var).contiguous()
+    torch.ops.normzoo.track.default(
+        running.mean, running.var, running.batches, mean, var, each, count, running.momentum, centred
+    )
+    return True
+
+
 # ---- statistics over processes -------------------------------------------------------------------------------------
 
 
@@ -121,24 +135,22 @@ class _Synchronized(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, mean: Tensor, var: Tensor,
         number: Tensor, group: ProcessGroup | None, axes: list[int], channel_dim: int, centred: bool, eps: float,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, mask, mean, var, number)
-        ctx.options = group, axes, channel_dim, centred, eps
         scale = torch.rsqrt(var + eps)
-        return torch.ops.normzoo.rescale.default(
-            x, mean, scale, torch.zeros_like(mean), weight, bias, mask, axes, channel_dim
-        )
+        ctx.save_for_backward(x, weight, mask, mean, scale, number)
+        ctx.options = group, axes, channel_dim, centred
+        return torch.ops.normzoo.rescale.default(x, mean, scale, None, weight, bias, mask, axes, channel_dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, mask, mean, var, number = ctx.saved_tensors
-        group, axes, channel_dim, centred, eps = ctx.options
+        x, weight, mask, mean, scale, number = ctx.saved_tensors
+        group, axes, channel_dim, centred = ctx.options
         total, product, to_weight, to_bias = torch.ops.normzoo.gradient_sums.default(
-            dy, x, weight, mask, mean, var, axes, channel_dim, eps
+            dy, x, weight, mask, mean, scale, axes, channel_dim
         )
         dx = None
         if ctx.needs_input_grad[0]:  # as in the formula: where it is a constant on every rank, they do not meet
-            scale, n = torch.rsqrt(var + eps), number.clamp(min=1)
+            n = number.clamp(min=1)
             to_mean = -scale * total if centred else torch.zeros_like(total)
             to_mean, to_var = total_gradients(to_mean, scale * product * scale * scale / -2, group)
             dx = torch.ops.normzoo.gradient.default(

@@ -59,6 +59,7 @@ struct Backward {
   const uint8_t* mask;
   const float *weight, *bias, *floor;
   const float *mean, *var, *number;
+  const float* scale;        // Do::sums: in place of 1 / sqrt(var + eps)
   float *sum, *product;      // Do::sums: of weight dy and of weight dy (x - mean)
   const float *p, *q, *r;    // Do::apply
   bool constant, centred;    // constant: the statistics do not depend on x
@@ -318,7 +319,8 @@ struct RunsBackward {
   void begin(int64_t k, RunsPart& part) const {
     part = RunsPart();
     part.mean = args.mean[k];
-    part.scale = (float)(1 / std::sqrt(args.var[k] + args.eps));
+    if (args.scale) part.scale = args.scale[k];
+    if (args.var) part.scale = (float)(1 / std::sqrt(args.var[k] + args.eps));
     if (args.what == Do::apply) part.p = args.p[k], part.q = args.q[k], part.r = args.r[k];
   }
 
@@ -563,6 +565,10 @@ struct RowsBackward {
     if (args.what == Do::sums) args.sum[row.which] = args.product[row.which] = 0;
   }
 
+  NORMZOO_INLINE float scale_of(const Row& row) const {
+    return args.var ? 1 / std::sqrt(args.var[row.which] + eps) : args.scale ? args.scale[row.which] : 1;
+  }
+
   // What a vector of d and one of x - mean add to the gradients of the parameters.
   template <class Part>
   NORMZOO_INLINE void count(int64_t c, vf d, vf both, vf scale, Part part) {
@@ -585,7 +591,7 @@ struct RowsBackward {
   template <int kVectors, class Part>
   NORMZOO_INLINE void held(const Row& row, Part part) {
     const T *x = args.x + row.at, *dy = args.dy + row.at;
-    const float *weight = args.weight + row.channel, rstd = 1 / std::sqrt(args.var[row.which] + eps);
+    const float *weight = args.weight + row.channel, rstd = scale_of(row);
     const vf mean = splat(args.mean[row.which]), scale = splat(rstd);
     vf off[kVectors], d[kVectors], both[kVectors];
     unrolled<kVectors>([&](auto i) {
@@ -605,7 +611,7 @@ struct RowsBackward {
 
   void read(const Row& row) {
     const T *x = args.x + row.at, *dy = args.dy + row.at;
-    const float *weight = args.weight + row.channel, rstd = 1 / std::sqrt(args.var[row.which] + eps);
+    const float *weight = args.weight + row.channel, rstd = scale_of(row);
     const vf mean = splat(args.mean[row.which]), scale = splat(rstd);
     Sums sums;
     if (args.what != Do::apply)
@@ -927,12 +933,15 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
     const vf eps = splat((float)args.eps);
     float *scales = part.at(kScale), *weights = part.at(kWeight);
     this->gather(k, args.mean + first, part.at(kMean));
-    this->gather(k, args.var + first, scales);
     if constexpr (kAcross) std::copy_n(args.weight, n, weights);
     if constexpr (!kAcross) std::fill_n(weights, n, 1.f);
-    vectors(n, [&](int64_t i, int, auto whole) {
-      store(scales + i, 1 / root(load(scales + i, whole) + eps), whole);
-    });
+    if (args.scale) this->gather(k, args.scale + first, scales);
+    if (args.var) {
+      this->gather(k, args.var + first, scales);
+      vectors(n, [&](int64_t i, int, auto whole) {
+        store(scales + i, 1 / root(load(scales + i, whole) + eps), whole);
+      });
+    }
     this->repeat(part, {kMean, kScale});
     if (kLimited) {
       std::copy_n(args.bias, n, part.at(kBias));

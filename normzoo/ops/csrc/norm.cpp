@@ -144,14 +144,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_forward(
 }
 
 // Count a batch into running averages: the mean, the unbiased variance and the number of batches. Where nothing is real
-// there is no news.
-void track(const Maybe& running_mean, const Maybe& running_var, const Maybe& batches, const Tensor& mean,
-           const Tensor& var, const Tensor& number, double count, double weight, bool centred) {
+// there is no news. The number of elements is that of each statistic, or the count of all.
+void track(const Maybe& running_mean, const Tensor& running_var, const Tensor& batches, const Tensor& mean,
+           const Tensor& var, const Maybe& number, double count, double weight, bool centred) {
+  const bool each = number && number->numel();
   const auto average = [&](const Tensor& running, const Tensor& value, bool unbiased) {
     TORCH_CHECK(running.is_contiguous() && running.scalar_type() == at::kFloat && running.numel() == value.numel(),
                 "expected a contiguous running average of ", value.numel(), " float32 numbers");
     float* to = running.mutable_data_ptr<float>();
-    const float *from = value.const_data_ptr<float>(), *numbers = number.numel() ? number.const_data_ptr<float>() : nullptr;
+    const float *from = value.const_data_ptr<float>(), *numbers = each ? number->const_data_ptr<float>() : nullptr;
     const int64_t channels = running.numel();
     const auto move = [&](int64_t c, float n) {
       const float scale = unbiased ? n / std::max(n - 1, 1.f) : 1;
@@ -165,9 +166,8 @@ void track(const Maybe& running_mean, const Maybe& running_var, const Maybe& bat
     }
   };
   if (running_mean && running_mean->defined()) average(*running_mean, mean, false);
-  average(*running_var, var, centred);
-  const bool any = number.numel() == 0 || number.gt(0).any().item<bool>();
-  if (any) ++*batches->mutable_data_ptr<int64_t>();
+  average(running_var, var, centred);
+  if (!each || number->gt(0).any().item<bool>()) ++*batches.mutable_data_ptr<int64_t>();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> standardize(
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> standardize(
   auto [y, means, vars, number] = run_forward(x, weight, bias, floor, mask, mean, var, {}, {}, axes, channel_dim,
                                               centred, eps, false);
   if (running_var && running_var->defined())
-    track(running_mean, running_var, batches, means, vars, number, (double)x.numel() / means.numel(), momentum, centred);
+    track(running_mean, *running_var, *batches, means, vars, number, (double)x.numel() / means.numel(), momentum, centred);
   const auto empty = [&] { return at::empty({0}, means.options()); };
   if (mean && mean->defined()) return {y, empty(), empty(), empty()};  // an operator returns nothing that it was given
   return {y, means, vars, number};
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> moments(const Tensor& x, const Maybe& mask, c
   return {means, vars, number};
 }
 
-Tensor rescale(const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& shift, const Maybe& weight,
+Tensor rescale(const Tensor& x, const Tensor& mean, const Tensor& scale, const Maybe& shift, const Maybe& weight,
                const Maybe& bias, const Maybe& mask, c10::IntArrayRef axes, int64_t channel_dim) {
   return std::get<0>(
       run_forward(x, weight, bias, {}, mask, mean, {}, scale, shift, axes, channel_dim, true, 0, false));
@@ -202,8 +202,8 @@ struct Gradients {
 };
 
 Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& weight, const Maybe& bias,
-                       const Maybe& floor, const Maybe& mask, const Tensor& mean, const Tensor& var,
-                       const Maybe& number, const Maybe& p, const Maybe& q, const Maybe& r, c10::IntArrayRef axes,
+                       const Maybe& floor, const Maybe& mask, const Tensor& mean, const Maybe& var,
+                       const Maybe& scale, const Maybe& number, const Maybe& p, const Maybe& q, const Maybe& r, c10::IntArrayRef axes,
                        int64_t channel_dim, bool centred, double eps, bool constant, Do what) {
   const Layout layout = layout_of(input, channel_dim);
   const Tensor x = laid_out(input, layout);
@@ -214,7 +214,7 @@ Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& wei
   Gradients out;
   if (what != Do::sums) out.dx = at::empty_like(x);
   if (what == Do::sums) out.sum = at::empty(mean.sizes(), options), out.product = at::empty(mean.sizes(), options);
-  Tensor held[8];
+  Tensor held[9];
   const uint8_t* masked = mask_or_null(mask, held[0]);
   const Channels w(weight, layout.channels, 1), b(bias, layout.channels, 0);
   const float* limit = data_or_null(floor, held[1]);
@@ -225,7 +225,7 @@ Gradients run_backward(const Tensor& grad, const Tensor& input, const Maybe& wei
     const Backward<T> args{
         dy.const_data_ptr<T>(), x.const_data_ptr<T>(), what == Do::sums ? nullptr : out.dx.mutable_data_ptr<T>(),
         masked, w.data, b.data, limit, data_or_null(mean, held[2]), data_or_null(var, held[3]),
-        number && number->numel() ? data_or_null(number, held[4]) : nullptr,
+        number && number->numel() ? data_or_null(number, held[4]) : nullptr, data_or_null(scale, held[8]),
         what == Do::sums ? out.sum.mutable_data_ptr<float>() : nullptr,
         what == Do::sums ? out.product.mutable_data_ptr<float>() : nullptr,
         data_or_null(p, held[5]), data_or_null(q, held[6]), data_or_null(r, held[7]), constant, centred, what, eps,
@@ -250,23 +250,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_backward(
     const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask,
     const Tensor& mean, const Tensor& var, const Maybe& number, c10::IntArrayRef axes, int64_t channel_dim,
     bool centred, double eps, bool constant) {
-  auto out = run_backward(dy, x, weight, bias, floor, mask, mean, var, number, {}, {}, {}, axes, channel_dim, centred,
+  auto out = run_backward(dy, x, weight, bias, floor, mask, mean, var, {}, number, {}, {}, {}, axes, channel_dim, centred,
                           eps, constant, Do::all);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, mean.options()); };
   return {out.dx, or_empty(out.weight), or_empty(out.bias), or_empty(out.floor)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_sums(
-    const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& mask, const Tensor& mean, const Tensor& var,
-    c10::IntArrayRef axes, int64_t channel_dim, double eps) {
-  auto out = run_backward(dy, x, weight, {}, {}, mask, mean, var, {}, {}, {}, {}, axes, channel_dim, true, eps, false,
-                          Do::sums);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradient_sums(const Tensor& dy, const Tensor& x, const Maybe& weight,
+                                                         const Maybe& mask, const Tensor& mean, const Tensor& scale,
+                                                         c10::IntArrayRef axes, int64_t channel_dim) {
+  auto out = run_backward(dy, x, weight, {}, {}, mask, mean, {}, scale, {}, {}, {}, {}, axes, channel_dim, true, 0,
+                          false, Do::sums);
   return {out.sum, out.product, out.weight, out.bias};
 }
 
 Tensor gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Maybe& mask, const Tensor& mean,
                 const Tensor& p, const Tensor& q, const Tensor& r, c10::IntArrayRef axes, int64_t channel_dim) {
-  return run_backward(dy, x, weight, {}, {}, mask, mean, mean, {}, p, q, r, axes, channel_dim, true, 1, false, Do::apply)
+  return run_backward(dy, x, weight, {}, {}, mask, mean, {}, {}, {}, p, q, r, axes, channel_dim, true, 0, false,
+                      Do::apply)
       .dx;
 }
 
@@ -354,14 +355,17 @@ TORCH_LIBRARY_FRAGMENT(normzoo, m) {
       "Tensor mean, Tensor var, Tensor? number, int[] axes, int channel_dim, bool centred, float eps, bool constant) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "track(Tensor(a!)? running_mean, Tensor(b!) running_var, Tensor(c!) batches, Tensor mean, Tensor var, "
+      "Tensor? number, float count, float weight, bool centred) -> ()");
+  m.def(
       "moments(Tensor x, Tensor? mask, int[] axes, int channel_dim, bool centred, float eps) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "rescale(Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? weight, Tensor? bias, Tensor? mask, "
+      "rescale(Tensor x, Tensor mean, Tensor scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? mask, "
       "int[] axes, int channel_dim) -> Tensor");
   m.def(
-      "gradient_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor mean, Tensor var, int[] axes, "
-      "int channel_dim, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "gradient_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor mean, Tensor scale, int[] axes, "
+      "int channel_dim) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gradient(Tensor dy, Tensor x, Tensor? weight, Tensor? mask, Tensor mean, Tensor p, Tensor q, Tensor r, "
       "int[] axes, int channel_dim) -> Tensor");
@@ -370,6 +374,7 @@ TORCH_LIBRARY_FRAGMENT(normzoo, m) {
 TORCH_LIBRARY_IMPL(normzoo, CPU, m) {
   m.impl("standardize", &standardize);
   m.impl("standardize_backward", &standardize_backward);
+  m.impl("track", &track);
   m.impl("moments", &moments);
   m.impl("rescale", &rescale);
   m.impl("gradient_sums", &gradient_sums);
