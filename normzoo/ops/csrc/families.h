@@ -772,13 +772,26 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     part.clear();
     part.passes = 0;
     if (args.known) return spread(k, part);
-    const T* row = args.x + this->start(k) + this->plan.reduced[0].memory;
-    const uint8_t* mask = kMask ? this->mask(args.mask, k, 0) : nullptr;
-    const bool real = args.centred && !(kAcross && kMask && !*mask);
-    vectors(this->distinct(k), [&](int64_t i, int, auto whole) {
-      vf v = real ? load(row + i, whole) : vf{};
-      if constexpr (kMask && !kAcross) v = where(mask + i, v, whole);
-      store(part.at(kShift) + i, v, whole);
+    // the mean of some rows: one alone is often far from that of all, in one of many columns
+    const int64_t n = this->distinct(k), many = args.centred ? std::min<int64_t>(this->plan.reduced.size(), 8) : 0;
+    float *shift = part.at(kShift), *number = part.at(kMean);
+    std::fill_n(shift, n, 0.f);
+    std::fill_n(number, n, 0.f);
+    for (int64_t i = 0; i < many; ++i) {
+      const int64_t r = this->plan.reduced.size() * i / many;
+      const T* row = args.x + this->start(k) + this->plan.reduced[r].memory;
+      const uint8_t* mask = kMask ? this->mask(args.mask, k, r) : nullptr;
+      if (kAcross && kMask && !*mask) continue;
+      vectors(n, [&](int64_t c, int, auto whole) {
+        vf v = load(row + c, whole), one = splat(1.f / many);  // a share of it: the sum may leave float32
+        if constexpr (kMask && !kAcross) v = where(mask + c, v, whole), one = where(mask + c, one, whole);
+        store(shift + c, load(shift + c, whole) + v * one, whole);
+        store(number + c, load(number + c, whole) + one, whole);
+      });
+    }
+    vectors(n, [&](int64_t c, int, auto whole) {
+      const vf real = load(number + c, whole);
+      store(shift + c, load(shift + c, whole) / (real == 0 ? splat(1) : real), whole);
     });
     this->repeat(part, {kShift});
   }
