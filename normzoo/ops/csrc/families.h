@@ -420,43 +420,58 @@ struct Row {
   int64_t at, channel, which;
 };
 
-// What a thread does with its share of the rows. Those of kVectors vectors stay in registers; 0 stands for any length.
-template <class Work, int kVectors, class Part, class Args>
+// What a thread does with its share of the rows, which lie one after the other. Those of kVectors vectors stay in
+// registers, and where they are of the same channels what belongs to these does too; 0 stands for any length.
+template <class Work, int kVectors, bool kAlike, class Part, class Args>
 void drive_rows(const Plan& plan, const Args& args, Part part) {
   const int64_t grain = std::max<int64_t>(1, 32768 / plan.width), n = plan.width / plan.groups;
   at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
     Work work(plan, args);
-    for (int64_t k = from; k < to; ++k) {
-      const Start start = plan.kept[k];
-      const bool real = !args.mask || args.mask[start.mask];
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        const Row row{start.memory + g * n, g * n, k * plan.groups + g};
-        if (!real) {
-          work.skip(row);
-        } else if constexpr (kVectors > 0) {
-          work.template held<kVectors>(row, part);
-        } else {
-          work.read(row);
+    while (from < to) {
+      const int64_t end = std::min(from + kRows, to);
+      auto channels = work.template channels<kAlike ? kVectors : 0>(part);
+      for (; from < end; ++from) {
+        const bool real = !args.mask || args.mask[from];
+        for (int64_t g = 0; g < plan.groups; ++g) {
+          const Row row{from * plan.width + g * n, g * n, from * plan.groups + g};
+          if (!real) {
+            work.skip(row);
+          } else if constexpr (kVectors > 0) {
+            work.template held<kVectors>(row, channels, part);
+          } else {
+            work.read(row);
+          }
         }
       }
-      if ((k - from + 1) % kRows == 0) work.flush();
+      work.join(channels, part);
     }
-    work.flush();
   });
+}
+
+template <class Work, int kVectors, class Part, class Args>
+void drive_held(const Plan& plan, const Args& args, Part part) {
+  plan.groups == 1 ? drive_rows<Work, kVectors, true>(plan, args, part)
+                   : drive_rows<Work, kVectors, false>(plan, args, part);
 }
 
 template <class Work, class Args>
 void drive_rows(const Plan& plan, const Args& args) {
   const int64_t n = plan.width / plan.groups;
-  if (n < kLanes) return drive_rows<Work, 1>(plan, args, Tail{n});
+  if (n < kLanes) return drive_held<Work, 1>(plan, args, Tail{n});
   switch (n % kLanes ? 0 : n / kLanes) {
-    case 1: return drive_rows<Work, 1>(plan, args, Full{});
-    case 2: return drive_rows<Work, 2>(plan, args, Full{});
-    case 4: return drive_rows<Work, 4>(plan, args, Full{});
-    case 8: return drive_rows<Work, 8>(plan, args, Full{});
-    default: return drive_rows<Work, 0>(plan, args, Full{});
+    case 1: return drive_held<Work, 1>(plan, args, Full{});
+    case 2: return drive_held<Work, 2>(plan, args, Full{});
+    case 4: return drive_held<Work, 4>(plan, args, Full{});
+    case 8: return drive_held<Work, 8>(plan, args, Full{});
+    default: return drive_rows<Work, 0, false>(plan, args, Full{});
   }
 }
+
+// What belongs to the channels of rows of kVectors vectors, and stays in registers from row to row; 0 is nothing.
+template <int kVectors>
+struct OfChannels {
+  vf weight[std::max(kVectors, 1)], bias[std::max(kVectors, 1)];  // backward: the gradients
+};
 
 template <class T>
 struct RowsForward {
@@ -481,9 +496,19 @@ struct RowsForward {
     if (args.what != Do::sums) std::fill_n(args.y + row.at, n, T(0));
   }
 
-  // In one go from a shift, so that nothing waits for the mean but the result.
   template <int kVectors, class Part>
-  NORMZOO_INLINE void held(const Row& row, Part part) const {
+  NORMZOO_INLINE OfChannels<kVectors> channels(Part part) const {
+    OfChannels<kVectors> own;
+    unrolled<kVectors>([&](auto i) {
+      own.weight[i] = load(args.weight + i * kLanes, part);
+      own.bias[i] = load(args.bias + i * kLanes, part);
+    });
+    return own;
+  }
+
+  // In one go from a shift, so that nothing waits for the mean but the result.
+  template <int kVectors, int kKnown, class Part>
+  NORMZOO_INLINE void held(const Row& row, const OfChannels<kKnown>& own, Part part) const {
     const T* x = args.x + row.at;
     const float shift = args.known ? args.mean[row.which] : args.centred ? (float)*x : 0;
     float off = 0, var = 0;
@@ -509,7 +534,10 @@ struct RowsForward {
     const Out<T> out(args.y + row.at, args.stream);
     unrolled<kVectors>([&](auto i) {
       const vf z = v[i] * scales + add;
-      out.put(i * kLanes, z * load(weight + i * kLanes, part) + load(bias + i * kLanes, part), part);
+      if constexpr (kKnown > 0)
+        out.put(i * kLanes, z * own.weight[i] + own.bias[i], part);
+      else
+        out.put(i * kLanes, z * load(weight + i * kLanes, part) + load(bias + i * kLanes, part), part);
     });
   }
 
@@ -545,19 +573,19 @@ struct RowsForward {
     });
   }
 
-  void flush() const {}
+  template <int kVectors, class Part>
+  void join(const OfChannels<kVectors>&, Part) const {}
 };
 
 template <class T>
 struct RowsBackward {
   const Backward<T> args;
-  const int64_t n, channels, width;
+  const int64_t n, run, width;
   const float share, eps;
   Floats parameters;  // gradients of the weight and the bias from rows that have not joined the total
 
   RowsBackward(const Plan& plan, const Backward<T>& args)
-      : args(args), n(plan.width / plan.groups), channels(plan.width),
-        width((channels + kLanes - 1) / kLanes * kLanes), share(1.f / n), eps((float)args.eps),
+      : args(args), n(plan.width / plan.groups), run(plan.width), width((run + kLanes - 1) / kLanes * kLanes), share(1.f / n), eps((float)args.eps),
         parameters(2 * width, 0.f) {}
 
   void skip(const Row& row) const {
@@ -577,6 +605,13 @@ struct RowsBackward {
     store(dbias, load(dbias, part) + d, part);
   }
 
+  template <int kVectors, class Part>
+  NORMZOO_INLINE OfChannels<kVectors> channels(Part) const {
+    OfChannels<kVectors> own;
+    unrolled<kVectors>([&](auto i) { own.weight[i] = own.bias[i] = vf{}; });
+    return own;
+  }
+
   struct Coefficients {
     float p, q, r;
   };
@@ -588,8 +623,8 @@ struct RowsBackward {
             args.constant || !args.centred ? 0 : -rstd * s1 * share};
   }
 
-  template <int kVectors, class Part>
-  NORMZOO_INLINE void held(const Row& row, Part part) {
+  template <int kVectors, int kKnown, class Part>
+  NORMZOO_INLINE void held(const Row& row, OfChannels<kKnown>& own, Part part) {
     const T *x = args.x + row.at, *dy = args.dy + row.at;
     const float *weight = args.weight + row.channel, rstd = scale_of(row);
     const vf mean = splat(args.mean[row.which]), scale = splat(rstd);
@@ -599,7 +634,12 @@ struct RowsBackward {
       off[i] = load(x + i * kLanes, part) - mean;
       d[i] = g * load(weight + i * kLanes, part);
       both[i] = d[i] * off[i];
-      if (args.what != Do::apply) count(row.channel + i * kLanes, g, g * off[i], scale, part);
+      if constexpr (kKnown > 0) {
+        own.weight[i] += g * off[i] * scale;
+        own.bias[i] += g;
+      } else if (args.what != Do::apply) {
+        count(row.channel + i * kLanes, g, g * off[i], scale, part);
+      }
     });
     const auto [s1, s2] = sums(tree(d), tree(both));
     const auto [p, q, r] = coefficients(row, rstd, s1, s2);
@@ -631,10 +671,15 @@ struct RowsBackward {
     });
   }
 
-  void flush() {
+  template <int kVectors, class Part>
+  void join(const OfChannels<kVectors>& own, Part part) {
     if (args.what == Do::apply) return;
+    unrolled<kVectors>([&](auto i) {
+      store(parameters.data() + i * kLanes, own.weight[i], part);
+      store(parameters.data() + width + i * kLanes, own.bias[i], part);
+    });
     float *weight = args.shares->weight(), *bias = args.shares->bias();
-    for (int64_t i = 0; i < channels; ++i) weight[i] += parameters[i], bias[i] += parameters[width + i];
+    for (int64_t i = 0; i < run; ++i) weight[i] += parameters[i], bias[i] += parameters[width + i];
     std::fill(parameters.begin(), parameters.end(), 0.f);
   }
 };
