@@ -19,6 +19,10 @@ from normzoo.errors import NormzooError, OptionError, unknown_option
 from normzoo.ops import Moments, Pattern, Running
 from normzoo.ops.pattern import divisors
 
+# bound here: a small norm asks both; by the id of the running backward pass torch.utils.checkpoint tells it, too
+_compiling = torch.compiler.is_compiling
+_graph_task = torch._C._current_graph_task_id
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -111,7 +115,7 @@ class Norm(nn.Module, ABC):
         Raises:
             NormzooError: for a wrong number of channels, an integer tensor, or a mask that does not fit.
         """
-        if x.ndim < 2 or x.shape[self.channel_dim] != self.num_features:
+        if x.ndim < 2 or x.size(self.channel_dim) != self.num_features:
             layout = f"(N, {self.num_features}, *S)" if self.channel_dim == 1 else f"(N, *S, {self.num_features})"
             raise NormzooError(
                 f"{type(self).__name__} got input of shape {tuple(x.shape)}; expected {layout} with channel_dim="
@@ -364,10 +368,7 @@ class MomentNorm(CanonicalNorm):
         self.eps = checked_eps(options["eps"])
         self.sizes = self._sizes(num_features, options)
         sizes = self.pattern.population.sizes((1, num_features, 1), self.sizes)
-        # values of a statistic at one position of one sample, and the statistics where these are not kept apart
-        kept = self.pattern.population.kept
-        self.kept_channels = math.prod(sizes[a] for a in kept) if self.pattern.kept == kept else 0
-        self.least_count = math.prod(sizes[a] for a in self.pattern.factors[1] if a not in self.pattern.kept)
+        self.enough = self._enough(sizes)
         # the repr shows what was chosen: eps, sizes and momentum always, the rest where it is not the default
         self._shown = {"eps": self.eps, **{"groups" if axis == "g" else axis: n for axis, n in self.sizes.items()}}
         quiet = ("channel_dim", "device", "dtype", "group_size", *self._shown)
@@ -409,6 +410,13 @@ class MomentNorm(CanonicalNorm):
                 raise OptionError(f"{type(self).__name__}: {axis}={size!r}; expected a positive whole number")
         self.pattern.population.sizes((1, channels, 1), sizes)  # refuses what does not divide
         return sizes
+
+    def _enough(self, sizes: Mapping[str, int]) -> float:
+        """So many values in an input, whatever its shape, are enough for each statistic."""
+        kept, population = self.pattern.kept, self.pattern.population.kept
+        if not self.centred or math.prod(sizes[a] for a in self.pattern.factors[1] if a not in kept) >= self.min_count:
+            return 0
+        return self.min_count * math.prod(sizes[a] for a in kept) if kept == population else math.inf
 
     def _population_shape(self) -> tuple[int, ...]:
         if "s" in self.pattern.kept:
@@ -452,7 +460,8 @@ class MomentNorm(CanonicalNorm):
         if self.track_running_stats:
             if not self.training:
                 return self.standardize(x, mask, channels_last, given=self.population())[0]
-            running = self.running() if self.counts else None
+            if not self.hold and not in_backward():
+                running = self.running()
         self.check_count(x, mask, channels_last)
         y, moments = self.standardize(x, mask, channels_last, running=running)
         if moments is not None:
@@ -499,9 +508,7 @@ class MomentNorm(CanonicalNorm):
 
         What a mask leaves is not looked at, nor what other processes have: reading it would wait for the device.
         """
-        if self.least_count >= self.min_count or not self.centred or self.sync or x.numel() == 0:
-            return
-        if self.kept_channels and x.numel() // self.kept_channels >= self.min_count:
+        if x.numel() >= self.enough or self.sync or x.numel() == 0:
             return
         b, c = x.shape[0], self.num_features
         s = x.numel() // (b * c)
@@ -697,8 +704,7 @@ def snapshot(buffer: Tensor) -> Tensor:
 
 def in_backward() -> bool:
     """Whether this forward pass is repeated inside a backward pass, as activation checkpointing does."""
-    # the engine's own id of the running backward pass; torch.utils.checkpoint tells it the same way
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not _compiling() and _graph_task() != -1
 
 
 def world_size(group: ProcessGroup | None) -> int:

@@ -73,12 +73,14 @@ def standardize(
         own = _moments(torch.ops.normzoo.moments.default(x.detach(), mask, axes, channel_dim, centred, eps), x)
         weight, bias = rescale(own)
     known = given or (own if mask is None else None)  # the gradient needs the numbers that a mask leaves
-    y, *results = kernels.standardize(
+    alone = running is not None or not pattern.batch_dependent
+    done = kernels.standardize(
         x, weight, bias, None, mask, None if known is None else known.mean, None if known is None else known.var,
-        mean, var, batches, axes, channel_dim, centred, eps, given is not None, momentum,
+        mean, var, batches, axes, channel_dim, centred, eps, given is not None, momentum, alone=alone,
     )  # fmt: skip
-    if running is not None or not pattern.batch_dependent:
-        return y, None
+    if alone:
+        return done, None
+    y, *results = done
     return y, known or _moments(results, x)
 
 

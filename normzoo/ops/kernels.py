@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from normzoo.errors import NormzooError
 from normzoo.ops import memory
@@ -32,7 +31,7 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _NAME = "normzoo_cpu"
 _loaded: bool | None = None  # None until somebody asked
-_direct: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+_direct: Callable[..., Any] | None = None
 _declarations: list[Callable[[], None]] = []
 
 # bound here: a small call asks both
@@ -114,14 +113,15 @@ def _load() -> bool:
 load._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def standardize(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator ``normzoo::standardize``, as directly as it can be called.
+def standardize(*arguments: Any, alone: bool) -> Any:
+    """The operator ``normzoo::standardize``, as directly as it can be called; its result alone if so wanted.
 
     ``torch.ops`` reads arguments by the schema, which takes longer than a small norm does.
     """
     if _direct is None or _compiling() or _overridden(*arguments[:3]):
-        return torch.ops.normzoo.standardize.default(*arguments)
-    return _direct(*arguments)
+        results = torch.ops.normzoo.standardize.default(*arguments)
+        return results[0] if alone else results
+    return _direct(*arguments, alone)
 
 
 def declare(declaration: Callable[[], None]) -> None:

@@ -57,7 +57,7 @@ struct Starts {
   }
 };
 
-constexpr int64_t kLongRun = 512;
+constexpr int64_t kLongRun = 512, kManyRuns = 64;
 
 enum class Family {
   runs,     // the innermost run is reduced, and lies in one channel: images, statistics over positions
@@ -169,10 +169,10 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
     plan.width *= axes[inner].size;
     (axes[inner].kept ? any_kept : any_reduced) = true;
   }
-  // few channels: several positions that are reduced together make one longer run
+  // few channels: several of many positions that are reduced together make one longer run
   if (plan.across && inner > 0 && !axes[inner - 1].kept && !masked) {
     auto& positions_left = axes[inner - 1].size;
-    int64_t many = std::max<int64_t>(1, kLongRun / plan.width);
+    int64_t many = std::max<int64_t>(1, std::min(kLongRun / plan.width, positions_left / kManyRuns));
     while (positions_left % many) --many;
     positions_left /= many;
     plan.width *= many;

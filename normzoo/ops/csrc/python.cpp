@@ -31,7 +31,8 @@ double number(PyObject* object) {
 
 PyObject* standardize(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 16 && PyList_Check(args[10]), "expected the 16 arguments of normzoo::standardize");
+  TORCH_CHECK_TYPE(count == 17 && PyList_Check(args[10]),
+                   "expected the 16 arguments of normzoo::standardize, and whether its first result is all that is wanted");
   static const auto op = find<Standardize>("normzoo::standardize");
   c10::SmallVector<int64_t, 24> axes;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[10]); ++i) axes.push_back(integer(PyList_GET_ITEM(args[10], i)));
@@ -47,6 +48,7 @@ PyObject* standardize(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return op.call(x, weight, bias, floor, mask, mean, var, running_mean, running_var, batches, axes, channel_dim,
                    centred, eps, constant, momentum);
   }();
+  if (args[16] == Py_True) return THPVariable_Wrap(std::move(std::get<0>(results)));
   PyObject* tuple = PyTuple_New(4);
   if (!tuple) throw python_error();
   PyTuple_SET_ITEM(tuple, 0, THPVariable_Wrap(std::move(std::get<0>(results))));
