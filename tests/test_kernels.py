@@ -409,6 +409,22 @@ def test_a_first_element_far_away(text):
         agree(x, text, PATTERNS[text], channels_last=channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("length", [2, 7, 8, 15, 16, 17, 32, 48, 64, 65, 128, 130, 300])
+def test_rows_of_any_length(length, dtype):
+    """Short rows stay in registers, and are read again where the first element is far from the mean."""
+    for text, options in (("b c s -> b s", {}), ("b (g c) s -> b g s", {"g": 3})):
+        x = data(5, 7, length * options.get("g", 1), dtype=dtype)
+        agree(x, text, options, channels_last=BSC)
+        agree(x, text, options, channels_last=BSC, centred=False, affine=False)
+        agree(x, text, options, channels_last=BSC, mask=masked(5, 7))
+        x[..., 0] += 50
+        agree(x, text, options, channels_last=BSC)
+        x[1] = 3.0
+        y, _ = ops.standardize(x, Pattern.parse(text), options, channels_last=BSC, eps=1e-5)
+        assert not y[1].any()
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("text", PATTERNS)
 def test_tiny_and_huge_inputs(text, scale):
@@ -890,6 +906,48 @@ def test_running_statistics(norm, with_mask):
     got = fast.eval()(x)
     with ops.backend("reference"):
         torch.testing.assert_close(got, slow.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_called_directly_and_by_the_schema(monkeypatch):
+    assert kernels._direct is not None
+    x, answers = data(4, 12, 18), []
+    for direct in (True, False):
+        if not direct:
+            monkeypatch.setattr(kernels, "_direct", None)
+        norms = [nz.create(name, 12) for name in ("batch_norm", "batch_norm(momentum=None)", "layer_norm")]
+        leaf = x.clone().requires_grad_()
+        results = [norm(leaf) for norm in norms]
+        sum(y.sin().sum() for y in results).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        answers.append([leaf.grad, *results, *(t for norm in norms for t in norm.state_dict().values())])
+    for got, expected in zip(*answers, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_subclass_of_tensor_sees_the_operator():
+    seen = []
+
+    class Watched(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = data(4, 12, 18)
+    y = nz.create("batch_norm", 12)(x.as_subclass(Watched))
+    assert type(y) is Watched
+    assert "normzoo.standardize.default" in seen
+    assert torch.equal(y.as_subclass(Tensor), nz.create("batch_norm", 12)(x))
+
+
+def test_a_direct_call_with_other_arguments_is_refused():
+    assert kernels._direct is not None
+    arguments = [*operator(data(4, 12, 18), "b c s -> c").values(), False]
+    with pytest.raises(TypeError, match="16 arguments"):
+        kernels._direct(*arguments[:-1])
+    with pytest.raises(TypeError, match="expected a tensor, got int"):
+        kernels._direct(3, *arguments[1:])
+    with pytest.raises(TypeError):
+        kernels._direct(*arguments[:13], "eps", *arguments[14:])
 
 
 def test_wrong_sizes_are_refused():

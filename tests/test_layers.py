@@ -691,3 +691,22 @@ def test_import_is_light():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "batch_norm", "group_norm"])
+def test_parameters_that_something_has_replaced(name):
+    class Twice(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    x = torch.randn(6, 8, 5)
+    expected = 2 * nz.create(name, 8)(x)
+    parametrized = nz.create(name, 8)
+    nn.utils.parametrize.register_parametrization(parametrized, "weight", Twice())
+    torch.testing.assert_close(parametrized(x), expected)
+    replaced = nz.create(name, 8)
+    del replaced.weight
+    replaced.weight = torch.full((8,), 2.0)
+    torch.testing.assert_close(replaced(x), expected)
+    called = torch.func.functional_call(nz.create(name, 8), {"weight": torch.full((8,), 2.0)}, (x,))
+    torch.testing.assert_close(called, expected)
