@@ -24,6 +24,7 @@ from normzoo.bench.timing import Effort
 from normzoo.errors import NormzooError
 
 IMAGES = (64, 64, 32, 32)
+MAPS = (32, 256, 7, 7)
 TOKENS = (32, 512, 512)
 ROWS = (16384, 512)
 SMALL = (64, 256)
@@ -113,6 +114,9 @@ def sections(device: str = "cpu", compiled: bool = False) -> list[Section]:
             found.append(Section(str(case), partial(_norms, case, against, judge)))
     if device == "cuda":
         return found
+    for layout in ("channels-first", "channels-last"):
+        case = Case(MAPS, layout)
+        found.append(Section(str(case), partial(_norms, case, against, _beside)))
     for shape, layout in shapes[:3]:
         case = Case(shape, layout)
         found.append(Section(f"relatives of batch norm, {case}", partial(_relatives, case)))
@@ -135,17 +139,22 @@ def _norms(case: Case, against: Sequence[str], judge: Callable[[Case, Found], li
     return found
 
 
-def _standard(case: Case, found: Found) -> list[Target]:
-    limit = 1.6 if case.dtype == "float32" else 2.0
+def _beside(_: Case, found: Found) -> list[Target]:
     targets = []
     for norm in (*NORMS[:-1], _HALO):
         ours, rivals = found.row(norm), [found.row(norm, name) for name in (TORCH, *COMPILED)]
-        if ours is None:
-            continue  # one value per statistic: refused, as the rows say
-        targets.append(Target(f"{norm}: multiple of the floor", ours.floors, 2.0 if norm == _HALO else limit))
         best = min((r for r in rivals if r is not None), key=lambda r: r.floors or 0, default=None)
-        if best is not None:
+        if ours is not None and best is not None:
             targets.append(Target(f"{norm}: time over {best.contender}'s", found.times(ours, best), NOT_SLOWER))
+    return targets
+
+
+def _standard(case: Case, found: Found) -> list[Target]:
+    limit = 1.6 if case.dtype == "float32" else 2.0
+    targets = _beside(case, found)
+    for norm in (*NORMS[:-1], _HALO):
+        if (ours := found.row(norm)) is not None:  # one value per statistic is refused, as the rows say
+            targets.append(Target(f"{norm}: multiple of the floor", ours.floors, 2.0 if norm == _HALO else limit))
     at_least = {
         (TOKENS, "tokens", "float32"): ("rms_norm", 5.0),
         (TOKENS, "tokens", "bfloat16"): ("rms_norm", 10.0),

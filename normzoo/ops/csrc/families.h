@@ -134,7 +134,10 @@ void drive(Work& work, int64_t tasks, int64_t reduced, int64_t elements, Do what
     if (what != Do::apply)
       do {
         for (int64_t i = 1; i < threads; ++i) parts[i] = parts[0];
-        each([&](auto& part, int64_t from, int64_t to) { work.add(k, from, to, part); });
+        each([&](auto& part, int64_t from, int64_t to) {
+          work.enter(part);
+          work.add(k, from, to, part);
+        });
         for (int64_t i = 1; i < threads; ++i) parts[0].merge(parts[i]);
       } while (!work.settle(k, parts[0]));
     if (what != Do::sums) each([&](auto&, int64_t from, int64_t to) { work.apply(k, from, to, parts[0]); });
@@ -154,6 +157,7 @@ void sweep(Work& work, const Plan& plan, Do what) {
     at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
         Cursor run(plan, std::min(runs, i * share));
+        for (int64_t k = 0; k < tasks; ++k) work.enter(parts[i][k]);
         for (int64_t left = std::min(runs - i * share, share); left > 0; --left, run.next()) f(parts[i], run);
         for (int64_t k = 0; k < tasks; ++k) work.join(parts[i][k]);
       }
@@ -191,9 +195,11 @@ struct RunsPart {
   float shift = 0, mean = 0, scale = 0, add = 0;  // forward: add is the shift of the result
   float p = 0, q = 0, r = 0;
   int passes = 0;
+  Start start;
   // sums that have not joined the total, all of one channel
   vf a{}, b{};
   int64_t pending = 0, channel = 0;
+  float* share = nullptr;  // backward: of this thread in the gradients of the parameters
 
   void merge(const RunsPart& other) {
     s1 += other.s1;
@@ -223,15 +229,17 @@ struct RunsForward {
   const Forward<T>& args;
 
   RunsPart part() const { return RunsPart(); }
+  void enter(RunsPart&) const {}
 
   void begin(int64_t k, RunsPart& part) const {
     part = RunsPart();
+    part.start = plan.kept[k];
     if (args.known) {
       part.mean = args.mean[k];
       part.scale = args.scale ? args.scale[k] : (float)(1 / std::sqrt(args.var[k] + args.eps));
       part.add = args.shift ? args.shift[k] : 0;
-    } else if (args.centred && !(kMask && !args.mask[plan.kept[k].mask])) {
-      part.shift = (float)args.x[plan.kept[k].memory];
+    } else if (args.centred && !(kMask && !args.mask[part.start.mask])) {
+      part.shift = (float)args.x[part.start.memory];
     }
   }
 
@@ -264,16 +272,15 @@ struct RunsForward {
     }
   }
 
-  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
-    const Start start = plan.kept[k];
-    for (int64_t r = from; r < to; ++r) add(start + plan.reduced[r], part);
+  void add(int64_t, int64_t from, int64_t to, RunsPart& part) const {
+    for (int64_t r = from; r < to; ++r) add(part.start + plan.reduced[r], part);
     join(part);
   }
 
   bool settle(int64_t k, RunsPart& part) const {
-    const double n = kMask ? part.number : (double)plan.count;
-    const double off = n > 0 && args.centred ? part.s1 / n : 0;
-    double var = n > 0 ? part.s2 / n - off * off : 0;
+    const double n = kMask ? part.number : (double)plan.count, share = n > 0 ? 1 / n : 0;
+    const double off = args.centred ? part.s1 * share : 0;
+    double var = part.s2 * share - off * off;
     if (part.passes++ == 0 && off * off > kFar * (var + args.eps)) {
       part.shift += (float)off;
       part.s1 = part.s2 = part.number = 0;
@@ -282,7 +289,7 @@ struct RunsForward {
     if (var < 0) var = 0;
     part.mean = args.mean[k] = n > 0 ? part.shift + (float)off : 0;
     args.var[k] = (float)var;
-    part.scale = (float)(1 / std::sqrt(var + args.eps));
+    part.scale = 1 / std::sqrt((float)(var + args.eps));
     if (kMask) args.number[k] = (float)n;
     return true;
   }
@@ -303,9 +310,8 @@ struct RunsForward {
     });
   }
 
-  void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
-    const Start start = plan.kept[k];
-    for (int64_t r = from; r < to; ++r) apply(start + plan.reduced[r], part);
+  void apply(int64_t, int64_t from, int64_t to, const RunsPart& part) const {
+    for (int64_t r = from; r < to; ++r) apply(part.start + plan.reduced[r], part);
   }
 };
 
@@ -315,12 +321,15 @@ struct RunsBackward {
   const Backward<T>& args;
 
   RunsPart part() const { return RunsPart(); }
+  void enter(RunsPart& part) const { part.share = args.shares->weight(); }
 
   void begin(int64_t k, RunsPart& part) const {
     part = RunsPart();
+    part.start = plan.kept[k];
+    if (args.what != Do::apply) enter(part);
     part.mean = args.mean[k];
     if (args.scale) part.scale = args.scale[k];
-    if (args.var) part.scale = (float)(1 / std::sqrt(args.var[k] + args.eps));
+    if (args.var) part.scale = 1 / std::sqrt((float)(args.var[k] + args.eps));
     if (args.what == Do::apply) part.p = args.p[k], part.q = args.q[k], part.r = args.r[k];
   }
 
@@ -336,10 +345,12 @@ struct RunsBackward {
   void join(RunsPart& part) const {
     if (part.pending == 0) return;
     const auto [s1, s2] = sums(part.a, part.b);
-    args.shares->bias()[part.channel] += s1;
-    args.shares->weight()[part.channel] += s2 * part.scale;
-    part.s1 += (double)s1 * args.weight[part.channel];
-    part.s2 += (double)s2 * args.weight[part.channel];
+    float* share = part.share + part.channel;
+    share[0] += s2 * part.scale;
+    share[plan.channels] += s1;
+    const double weight = args.weight[part.channel];
+    part.s1 += s1 * weight;
+    part.s2 += s2 * weight;
     part.a = part.b = vf{};
     part.pending = 0;
   }
@@ -372,22 +383,21 @@ struct RunsBackward {
       part.b += tree(sums.b);
       if ((part.pending += n) >= kBlock) join(part);
     }
-    if constexpr (kLimited) args.shares->floor()[c] += sum(below);
+    if constexpr (kLimited) part.share[2 * plan.channels + c] += sum(below);
   }
 
-  void add(int64_t k, int64_t from, int64_t to, RunsPart& part) const {
-    const Start start = plan.kept[k];
-    for (int64_t r = from; r < to; ++r) add(start + plan.reduced[r], part);
+  void add(int64_t, int64_t from, int64_t to, RunsPart& part) const {
+    for (int64_t r = from; r < to; ++r) add(part.start + plan.reduced[r], part);
     join(part);
   }
 
   bool settle(int64_t k, RunsPart& part) const {
     if (args.what == Do::sums) args.sum[k] = (float)part.s1, args.product[k] = (float)part.s2;
-    const double n = std::max(1.0, args.number ? (double)args.number[k] : (double)plan.count);
+    const double share = 1 / std::max(1.0, args.number ? (double)args.number[k] : (double)plan.count);
     const double scale = part.scale;
     part.p = part.scale;
-    part.q = args.constant ? 0 : (float)(-scale * scale * scale * part.s2 / n);
-    part.r = args.constant || !args.centred ? 0 : (float)(-scale * part.s1 / n);
+    part.q = args.constant ? 0 : (float)(-scale * scale * scale * part.s2 * share);
+    part.r = args.constant || !args.centred ? 0 : (float)(-scale * part.s1 * share);
     return true;
   }
 
@@ -407,9 +417,8 @@ struct RunsBackward {
     });
   }
 
-  void apply(int64_t k, int64_t from, int64_t to, const RunsPart& part) const {
-    const Start start = plan.kept[k];
-    for (int64_t r = from; r < to; ++r) apply(start + plan.reduced[r], part);
+  void apply(int64_t, int64_t from, int64_t to, const RunsPart& part) const {
+    for (int64_t r = from; r < to; ++r) apply(part.start + plan.reduced[r], part);
   }
 };
 
@@ -743,6 +752,7 @@ struct Columns {
     pieces = (plan.width + length - 1) / length;
   }
   ColumnsPart part() const { return ColumnsPart(length); }
+  void enter(ColumnsPart&) const {}
   int64_t tasks() const { return plan.kept.size() * pieces; }
   int64_t start(int64_t k) const { return plan.kept[k / pieces].memory + k % pieces * length; }
   int64_t columns(int64_t k) const { return std::min(length, plan.width - k % pieces * length); }
