@@ -196,14 +196,15 @@ def bench(
     plot: Path | None = None,
     pages: Annotated[bool, Parameter(negative=())] = False,
     suite: Annotated[bool, Parameter(negative=())] = False,
-    out: Path = Path("speed.json"),
+    out: Path | None = None,
 ) -> int:
     """Measure how fast norms are, beside torch's own layers, the plain formula and a mere copy of the tensor.
 
     Everything runs interleaved in one process, round after round. On a CPU with one thread the time is CPU time, which
     other processes disturb least. A backward pass is timed right after its forward pass, as in training, and includes
     freeing what was saved. GB/s count what must be moved: 2 tensors forward, 3 backward, 5 both. The floor moves just
-    that, into buffers that are kept. Ratios are medians over the rounds, of each round's ratio.
+    that, into buffers that are kept. Ratios are medians over the rounds, of each round's ratio; 'x best other' is the
+    time over that of the fastest other contender of the same norm, where ours do not count against each other.
 
     Parameters
     ----------
@@ -253,7 +254,7 @@ def bench(
         Run the fixed list of cases behind the documentation, and write it to --out, whose neighbours are a CSV file
         and the tables of the page.
     out:
-        The suite's JSON file.
+        The suite's JSON file, speed.json when left out.
     """
     from normzoo.bench import Effort, Recurrent, command
 
@@ -263,7 +264,9 @@ def bench(
     if (suite or pages) and norms:
         raise NormzooError(f"{'--suite' if suite else '--pages'} measures a fixed list; leave {norms[0]!r} out")
     if suite:
-        return command.run_suite_command(device, compile_, effort, out)
+        return command.run_suite_command(device, compile_, effort, out or Path("speed.json"))
+    if out is not None:
+        raise NormzooError(f"--out {out} goes with --suite alone; --csv writes the rows of other measurements")
     if pages:
         return command.run_pages_command(rounds)
     if not norms:
@@ -428,10 +431,11 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _run(plan: Study, out: Path, workers: int | None, retry_failed: bool, in_process: bool, wandb: bool) -> int:
     from normzoo.report import make_report, print_table
-    from normzoo.study import load_results, run_study
+    from normzoo.study import load_results, run_study, store
 
     summary = run_study(plan, out, workers=workers, retry_failed=retry_failed, in_process=in_process, track=wandb)
-    if load_results(summary.directory):
+    began = (summary.directory / store.STUDY).exists()  # or it was interrupted before that
+    if began and load_results(summary.directory):
         print()
         print_table(summary.directory)
         print(f"\nreport: {make_report(summary.directory)}")

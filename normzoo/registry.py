@@ -134,6 +134,8 @@ def resolve(spec: Spec) -> tuple[Factory, dict[str, Any]]:
     _load()
     if fold(target) in _names:
         return _norms[_names[fold(target)]], options
+    if target.endswith(".py"):
+        raise NormzooError(f"{target!r} names a file alone; name the class in it too, as in '{target}:MyNorm'")
     if ":" not in target:
         raise unknown("norm", target, _norms)
     home, _, attribute = target.rpartition(":")
@@ -273,13 +275,24 @@ def _takes(norm: Factory, option: str) -> bool:
 
 
 def check_options(norm: Factory, spec: Spec, options: Mapping[str, Any]) -> None:
-    """Refuse an option that ``norm`` does not take, or the lack of one that it needs.
+    """Refuse a norm that takes no width, an option that it does not take, or the lack of one that it needs.
 
     Raises:
         OptionError: with the options that there are.
     """
-    parameters = _signature(norm)
-    if not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    try:
+        signature = inspect.signature(norm)
+    except (TypeError, ValueError):  # builtins have none
+        return
+    try:
+        signature.bind_partial(_WIDTH)
+    except TypeError as error:
+        raise OptionError(
+            f"{label(spec)} cannot be made from a width alone, as norm(num_features): {error}; it takes {signature}. "
+            "Let its first argument be the number of channels"
+        ) from error
+    parameters = signature.parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     known = [name for name in list(parameters)[1:]]
     for name in options:

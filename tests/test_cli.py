@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
 
 from normzoo import cli
+from normzoo.ops import kernels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -100,6 +103,10 @@ def test_show(capsys):
         (["bench", "layer_norm", "--rounds", "0"], "must be positive"),
         (["bench", "layer_norm", "--suite"], "leave 'layer_norm' out"),
         (["bench", "--suite", "--out", "no_such_folder/speed.json"], "no_such_folder"),
+        (["bench", "layer_norm", "--csv", "no_such_folder/rows.csv"], "another with --csv"),
+        (["bench", "layer_norm", "--model", "lstm", "--csv", "no_such_folder/rows.csv"], "another with --csv"),
+        (["bench", "layer_norm", "--plot", "no_such_folder/roof.png"], "another with --plot"),
+        (["bench", "layer_norm", "--out", "speed.json"], "goes with --suite alone"),
         (["report", "nowhere"], "nowhere"),
         (["status", "nowhere"], "nowhere"),
         (["sync", "nowhere"], "nowhere"),
@@ -144,6 +151,50 @@ def test_bench_accuracy_and_models(capsys):
     code, out, _ = call(capsys, "bench", "rms_norm", "--model", "gru", "--steps", "2", "--hidden", "8", "--rounds", "1")
     assert code == 0
     assert "x torch.nn.GRU" in out
+
+
+def test_bench_fails_when_nothing_could_be_measured(capsys, tmp_path):
+    options = ("--shape", "6,8", "--rounds", "1", "--against", "formula")
+    for extra in ((), ("--accuracy",)):
+        code, out, _ = call(capsys, "bench", "group_norm(groups=5)", *options, *extra)
+        assert code == 1
+        assert "does not divide" in out
+    code, _, _ = call(capsys, "bench", "group_norm(groups=5)", "layer_norm", *options)
+    assert code == 0
+    small = ("--steps", "2", "--hidden", "8", "--rounds", "1")
+    code, _, _ = call(capsys, "bench", "group_norm(groups=5)", "--model", "gru", *small)
+    assert code == 1
+    (tmp_path / "fixed.py").write_text("from torch import nn\n\nclass Fixed(nn.Module):\n    def __init__(self): ...\n")
+    code, _, errors = call(capsys, "bench", f"{tmp_path / 'fixed.py'}:Fixed", *options)
+    assert code == 2
+    assert "cannot be made from a width alone" in errors
+
+
+def test_kernels_build_says_that_it_takes_long(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+
+    def compile_(command, **_):
+        (Path(command[3]) / "normzoo_cpu.so").touch()
+        return types.SimpleNamespace(returncode=0, stdout="")
+
+    monkeypatch.setattr(kernels, "_compiler", lambda: "c++")
+    monkeypatch.setattr(kernels.subprocess, "run", compile_)
+    code, out, errors = call(capsys, "kernels", "build")
+    assert code == 0
+    assert out.strip() == str(kernels.library())
+    assert kernels.library().exists()
+    assert "compiling its CPU kernels" in errors
+    assert "a minute" in errors
+
+
+def test_a_run_interrupted_before_its_folder_exists(capsys, tmp_path, monkeypatch):
+    import normzoo.study
+
+    summary = normzoo.study.Summary(tmp_path / "runs" / "early", 0, 0, 0, 1, 0, 0.0, signal.SIGINT)
+    monkeypatch.setattr(normzoo.study, "run_study", lambda *_, **__: summary)
+    code, out, errors = call(capsys, "run", "--norms", "batch_norm", "--models", "mlp", "--in-process")
+    assert (code, out) == (130, "")
+    assert "no study folder" not in errors
 
 
 def test_kernels_status_says_how_they_stand(capsys, monkeypatch):

@@ -851,6 +851,17 @@ def test_traced_programs_hold_torchs_operators_alone():
     torch.testing.assert_close(traced(x), norm(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spec", ["batch_norm", "ghost_batch_norm"])
+def test_traced_running_statistics(spec):
+    norm, x = nz.create(spec, 12), data(4, 12, 18)
+    norm(x + 1)
+    traced: Any = torch.jit.trace(norm.eval(), x)
+    torch.testing.assert_close(traced(3 * x), norm(3 * x), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(3 * x), norm(3 * x), rtol=1e-4, atol=1e-4)
+
+
 def test_autocast_changes_nothing():
     norm, x = Plain("b c s -> b s", BSC), data(4, 18, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):

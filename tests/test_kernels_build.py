@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +137,81 @@ def test_build_asks_a_failed_compiler_again(broken_compiler, tmp_path, monkeypat
     assert [path.name for path in log.parent.iterdir()] == ["build.log"], "what a build leaves behind is its log"
 
 
+def test_a_cache_that_cannot_be_made(run, broken_compiler, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    cache = str(tmp_path / "file" / "cache")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", cache)
+    monkeypatch.setenv("CXX", str(broken_compiler[0]))
+    with pytest.raises(NormzooError, match=r"Not a directory.* TORCH_EXTENSIONS_DIR"):
+        kernels.build()
+    out, errors = finish(run(WORKS, TORCH_EXTENSIONS_DIR=cache, CXX=str(broken_compiler[0])))
+    assert out.startswith("False|")
+    (line,) = errors.strip().splitlines()
+    assert "goes on without" in line
+    assert "TORCH_EXTENSIONS_DIR" in line
+
+
+def test_a_library_cut_short(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    kernels.library().parent.mkdir(parents=True)
+    kernels.library().write_bytes(b"\x7fELF" + bytes(96))
+    out, errors = finish(run(WORKS))
+    assert out.startswith("False|")
+    (line,) = errors.strip().splitlines()
+    assert "goes on without" in line
+    assert "normzoo kernels build" in line
+
+
+def test_an_interrupted_build_is_begun_again(broken_compiler, tmp_path, monkeypatch):
+    """Ctrl-C reaches ninja too, also where this process ignores it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(broken_compiler[0]))
+    said = SimpleNamespace(returncode=130, stdout="ninja: build stopped: interrupted by user.\n")
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: said)
+    with pytest.raises(NormzooError, match="interrupted"):
+        kernels.build()
+    assert not list(kernels.library().parent.iterdir())
+    assert kernels.status().state == "not built"
+
+
+def test_threads_that_meet_load_once(monkeypatch):
+    loads, declared, answers = [], [], []
+
+    def load():
+        loads.append(1)
+        time.sleep(0.05)
+        return True
+
+    monkeypatch.setattr(kernels, "_loaded", None)
+    monkeypatch.setattr(kernels, "_load", load)
+    monkeypatch.setattr(kernels, "_declarations", [lambda: declared.append(1)])
+    threads = [threading.Thread(target=lambda: answers.append(kernels.load())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (loads, declared, answers) == ([1], [1], [True] * 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [("ccache g++", "ccache"), ("'/my tools/g++' -m64", "/my tools/g++"), ("", "c++"), (" ", "c++")]
+)
+def test_the_name_of_a_compiler_may_have_words(monkeypatch, given, asked):
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: f"found {name}")
+    monkeypatch.setenv("CXX", given)
+    assert kernels._compiler() == f"found {asked}"
+
+
+def test_a_compiler_of_several_words_is_asked_with_all_of_them(broken_compiler, tmp_path, monkeypatch):
+    compiler, calls = broken_compiler
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", f"env {compiler}")
+    with pytest.raises(NormzooError, match="compiler failed"):
+        kernels.build()
+    assert "normzoo" in calls.read_text()
+    assert "out of ink" in kernels.library().with_name("build.log").read_text()
+
+
 def test_build_without_a_compiler_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -167,6 +245,27 @@ def test_another_torch_or_other_sources_are_another_library(tmp_path, monkeypatc
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "99.0")
     assert kernels._key.__wrapped__() != before
+
+
+COMPILED_AT_ONCE = """
+import torch
+import normzoo as nz
+
+for name in ("batch_norm", "group_norm"):
+    norm, x = nz.create(name, 16), torch.randn(4, 16, 6)
+    y = torch.compile(norm, fullgraph=True, backend="aot_eager")(x)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, norm(x))
+    print(name)
+"""
+
+
+def test_the_first_call_of_all_may_be_compiled():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_AT_ONCE], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["batch_norm", "group_norm"]
 
 
 compiles = pytest.mark.skipif(kernels._compiler() is None, reason="no C++ compiler")

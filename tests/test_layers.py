@@ -622,6 +622,15 @@ def test_a_free_axis_is_an_option_of_its_own_name():
         Windowed(16)
 
 
+def test_patterns_are_values():
+    for pattern in map(ops.Pattern.parse, (*PATTERNS, "b c s -> c")):
+        for again in (copy.deepcopy(pattern), pickle.loads(pickle.dumps(pattern))):
+            assert again == pattern
+            assert hash(again) == hash(pattern)
+            assert again.population == pattern.population
+        assert pattern.population.population is pattern.population
+
+
 @pytest.mark.parametrize(
     ("pattern", "why"),
     [("b c s", "no '->'"), ("b c -> c", "not b c s"), ("c b s -> c", "not b c s"), ("b c s -> g", "'g' on the right"),

@@ -78,12 +78,22 @@ def test_options_in_specs_and_partials():
      ("group_norm(group=8)", "did you mean 'groups'"), ("group_norm(8)", "name=literal"),
      ("group_norm(groups=print(1))", "name=literal"), ("group_norm(groups=8", "unknown norm"), ("", "empty"),
      ("no_such_module:Norm", "no module"), ("no_such_file.py:Norm", "no file"), ("math:sinn", "unknown norm in math"),
-     (3, "no norm"), ("torch.nn:GroupNorm", "needs the option")],
+     (3, "no norm"), ("torch.nn:GroupNorm", "needs the option"), ("peak.py", r"as in 'peak\.py:MyNorm'"),
+     (functools.partial(nn.LayerNorm, normalized_shape=16), "cannot be made from a width alone")],
 )  # fmt: skip
 def test_bad_specs_are_answered(spec, message, capsys):
     with pytest.raises(nz.NormzooError, match=message):
         nz.create(spec, 16)
     assert capsys.readouterr().out == ""  # nothing was evaluated
+
+
+def test_a_class_that_takes_no_width_is_refused():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+
+    with pytest.raises(nz.NormzooError, match=r"Fixed cannot be made from a width alone.* it takes \(\)"):
+        nz.create(Fixed, 16)
 
 
 def test_register_as_decorator_and_call(scratch_registry):

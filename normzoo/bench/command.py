@@ -46,7 +46,7 @@ def run_bench_command(
     """Measure norms in each shape, layout and dtype, print a table for each, and write what was asked for.
 
     Raises:
-        NormzooError: for a norm, shape, layout, dtype, device or alternative that is none.
+        NormzooError: for a norm, shape, layout, dtype, device, alternative or folder that is none.
     """
     norms = [checked(norm) for norm in norms]
     one_of("direction", direction, DIRECTIONS)
@@ -56,18 +56,22 @@ def run_bench_command(
         one_of("layout", layout, SHAPES)
         for shape in [parse_shape(text) for text in shapes] or [SHAPES[layout]]:
             cases += [Case(shape, layout, dtype, device, parameters) for dtype in dtypes]
+    _need_folder(csv, "--csv")
+    _need_folder(plot, "--plot")
     subjects = [Subject(norm, masked) for norm in norms]
     console = _begin(device, effort, rivals)
     rows: list[Row] = []
+    errors: list[Errors] = []
     for case in cases:
         if accuracy:
-            print_errors(console, case, measure_accuracy(case, subjects, rivals))
+            errors += (wrong := measure_accuracy(case, subjects, rivals))
+            print_errors(console, case, wrong)
             continue
         found = measure_case(case, subjects, rivals, direction, effort)
         rows += found
         print_rows(console, str(case) + (", 70 % real" if masked else ""), found)
     _write(rows, csv, plot, console)
-    return 0
+    return _exit_code([*rows, *errors])
 
 
 def run_recurrent_command(
@@ -76,16 +80,17 @@ def run_recurrent_command(
     """Measure a recurrent layer with each norm inside against torch's own without any.
 
     Raises:
-        NormzooError: for a norm or model that is none.
+        NormzooError: for a norm, model or folder that is none.
     """
     norms = [checked(norm) for norm in norms]
     one_of("direction", direction, DIRECTIONS)
+    _need_folder(csv, "--csv")
     console = _begin(recurrent.device, effort, ())
     rows = measure_recurrent(recurrent, norms, direction=direction, effort=effort)
     title = f"{recurrent.model}, {recurrent.steps} steps, batch {recurrent.batch}, {recurrent.hidden} units"
     print_rows(console, f"{title}, {recurrent.dtype}", rows)
     _write(rows, csv, None, console)
-    return 0
+    return _exit_code(rows)
 
 
 def run_pages_command(rounds: int | None) -> int:
@@ -107,9 +112,8 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
         NormzooError: when the files cannot be written, or there is no such device.
     """
     parts = suite.sections(device, compiled)
+    _need_folder(out, "--out")
     console = _begin(device, effort, ("compile",) if compiled else ())
-    if not out.parent.is_dir():
-        raise NormzooError(f"there is no folder {out.parent} for {out.name}; make it, or choose another with --out")
     targets = []
     try:
         for part, found in suite.run_suite(out, parts, effort, device=device, compiled=compiled):
@@ -129,6 +133,19 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
         raise
     console.print(f"{sum(target.met for target in targets)} of {len(targets)} targets met; written to {out}")
     return int(not all(target.met for target in targets))
+
+
+def _need_folder(path: Path | None, option: str) -> None:
+    """Find out before measuring that nothing can be written."""
+    if path is not None and not path.parent.is_dir():
+        raise NormzooError(
+            f"there is no folder {path.parent} for {path.name}; make it, or choose another with {option}"
+        )
+
+
+def _exit_code(found: Sequence[Row | Errors]) -> int:
+    """1 when none of the norms could be measured, whatever became of what they are compared with."""
+    return int(not any(each.contender.startswith(OURS) and not each.reason for each in found))
 
 
 def _rivals(against: Sequence[str] | None, compiled: bool) -> list[str]:

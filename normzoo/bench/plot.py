@@ -20,6 +20,7 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
         NormzooError: when nothing was timed, or for a format that cannot be written.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     directions = [d for d in ("forward", "backward", "both") if any(r.direction == d and r.gb_per_s for r in rows)]
     if not directions:
@@ -39,6 +40,9 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
         roof = sorted((_bytes(r), r.gb_per_s or 0) for r in here if r.contender == FLOOR)
         ax.plot(*zip(*roof, strict=True), color="black", marker="_", markersize=16, label="floor")
         ax.set(xscale="log", yscale="log", title=direction, xlabel="bytes that must be moved")
+        for axis, unit in ((ax.xaxis, "B"), (ax.yaxis, "")):
+            axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_formatter=NullFormatter())
+            axis.set_major_formatter(EngFormatter(unit))
         ax.grid(visible=True, alpha=0.3)
     axes[0][0].set_ylabel("GB/s")
     figure.legend(*axes[0][-1].get_legend_handles_labels(), loc="outside right center", fontsize="small")

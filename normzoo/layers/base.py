@@ -563,7 +563,9 @@ class MomentNorm(CanonicalNorm):
 
     def recall(self, name: str) -> Tensor:
         """A buffer as this forward pass has to see it: a copy, wherever a graph may need it after the next batch."""
-        if not self.training and (not torch.is_grad_enabled() or torch.compiler.is_exporting()):
+        if not self.training and (
+            not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        ):
             return getattr(self, name)
         before = self.training and name in self.remembered and not self.hold and in_backward()
         return snapshot(getattr(self, f"before_{name}" if before else name))

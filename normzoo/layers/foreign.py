@@ -121,7 +121,7 @@ class ForeignNorm(Norm):
                 refusals.append(f"{name}: returned {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}")
         raise NormzooError(
             f"{type(self.module).__name__} made for {self.num_features} channels takes no {ndim}-dimensional input of "
-            "this model:\n  " + "\n  ".join(refusals) + "\nGive its constructor a channel_dim argument "
+            "this model: " + "; ".join(refusals) + ". Give its constructor a channel_dim argument "
             "(1 for (N, C, *S), -1 for (N, *S, C)), or its class a channel_dim attribute"
         )
 

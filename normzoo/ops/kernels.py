@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _NAME = "normzoo_cpu"
 _loaded: bool | None = None  # None until somebody asked
+_loading = threading.Lock()
 _direct: Callable[..., Any] | None = None
 _declarations: list[Callable[[], None]] = []
 
@@ -77,20 +80,19 @@ def load() -> bool:
     """Have the kernels at hand, building them if need be; ``False`` where that cannot be, see :func:`status`."""
     global _loaded
     if _loaded is None:
-        _loaded = _load()
-        if _loaded:
-            for declaration in _declarations:
-                declaration()
+        with _loading:  # threads that meet here build, load and declare once
+            if _loaded is None:
+                loaded = _load()
+                if loaded:
+                    for declaration in _declarations:
+                        declaration()
+                _loaded = loaded
     return _loaded
 
 
 def _load() -> bool:
     now = status()
     if now.state == "not built":
-        print(
-            "normzoo: compiling its CPU kernels, once, about a minute (NORMZOO_KERNELS=0 does without)",
-            file=sys.stderr,
-        )
         try:
             build()
         except NormzooError as error:
@@ -99,7 +101,11 @@ def _load() -> bool:
     elif now.state != "ready":
         return False
     memory.start()
-    torch.ops.load_library(str(now.path))
+    try:
+        torch.ops.load_library(str(now.path))
+    except OSError as error:  # cut short by a full disk, or on one that may not execute
+        print(f"normzoo: goes on without its CPU kernels; {error}; to mend: normzoo kernels build", file=sys.stderr)
+        return False
     global _direct
     with suppress(ImportError):  # built where Python's headers are missing
         loader = ExtensionFileLoader(_NAME, str(now.path))
@@ -132,40 +138,61 @@ def declare(declaration: Callable[[], None]) -> None:
 
 
 def build() -> Path:
-    """Compile the kernels for this machine and keep them in the cache.
+    """Compile the kernels for this machine and keep them in the cache; says so on standard error, as it takes long.
 
     Processes that build at the same time do not wait for each other: the last one to finish replaces its equal.
 
     Raises:
-        NormzooError: without a compiler, or with its output when it fails.
+        NormzooError: without a compiler, with its output when it fails, or when the cache cannot be written.
     """
     path = library()
     if _compiler() is None:
         raise NormzooError("no C++ compiler was found; expected g++ or clang++ on the PATH, or its name in CXX")
+    try:
+        _build(path)
+    except OSError as error:
+        raise NormzooError(
+            f"cannot keep the CPU kernels in {path.parent}: {error}; name another folder in TORCH_EXTENSIONS_DIR"
+        ) from error
+    return path
+
+
+def _build(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        print(
+            "normzoo: compiling its CPU kernels, once, about a minute (NORMZOO_KERNELS=0 does without)",
+            file=sys.stderr,
+        )
         script = (
             "import sys; from torch.utils.cpp_extension import load; "
             f"load({_NAME!r}, sys.argv[2:], extra_cflags={list(FLAGS)!r}, build_directory=sys.argv[1], "
             "is_python_module=False, verbose=True)"
         )
+        environment = os.environ | {"PATH": _with_ninja(os.environ.get("PATH", ""))}
+        if len(command := _command()) > 1:  # the loader takes CXX for the name of one file
+            compiler = Path(folder) / "c++"
+            compiler.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+            compiler.chmod(0o755)
+            environment["CXX"] = str(compiler)
         # a process of its own: the loader reads the environment and speaks on standard output
         done = subprocess.run(
             [sys.executable, "-c", script, folder, *_sources()],
             check=False,
-            env=os.environ | {"PATH": _with_ninja(os.environ.get("PATH", ""))},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
         )
+        if "interrupted by user" in done.stdout:  # Ctrl-C where this process ignores it; nothing is wrong here
+            raise NormzooError("the build of the CPU kernels was interrupted; their next use begins it again")
         if done.returncode:
             _failure(path).write_text(done.stdout)
             raise NormzooError(f"the C++ compiler failed on the CPU kernels; its output is in {_failure(path)}")
         os.replace(Path(folder) / f"{_NAME}.so", path)
     with suppress(FileNotFoundError):
         _failure(path).unlink()
-    return path
 
 
 def library() -> Path:
@@ -197,8 +224,13 @@ def _sources() -> list[str]:
     return [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
 
 
+def _command() -> list[str]:
+    """The compiler, which may have several words, as in ``ccache g++``."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
 def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX") or "c++")
+    return shutil.which(_command()[0])
 
 
 def _failure(path: Path) -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from normzoo.errors import NormzooError
 
@@ -25,10 +25,23 @@ class Pattern:
     Attributes:
         factors: the names of each canonical axis, in the order ``b``, ``c``, ``s``.
         kept: the axes of the right side, in their order on the left.
+        population: the pattern of the running statistics: what is left of the right side when batch and position are
+            gone.
+
+    >>> str(Pattern.parse("(n b) c s -> n c").population)
+    'b c s -> c'
     """
 
     factors: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     kept: tuple[str, ...]
+    population: Pattern = field(init=False, repr=False, compare=False)
+    _codes: dict[tuple[int, ...], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # at once, not by cached_property: its lock (before Python 3.12) is nothing that torch.compile can trace
+        factors, kept = (("b",), self.factors[1], ("s",)), tuple(a for a in self.kept if a in self.factors[1])
+        same = (factors, kept) == (self.factors, self.kept)
+        object.__setattr__(self, "population", self if same else replace(self, factors=factors, kept=kept))
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -67,19 +80,6 @@ class Pattern:
         """Whether positions of one sample share a statistic."""
         return "s" not in self.kept
 
-    @cached_property
-    def population(self) -> Pattern:
-        """The pattern of the running statistics: what is left of the right side when batch and position are gone.
-
-        >>> str(Pattern.parse("(n b) c s -> n c").population)
-        'b c s -> c'
-        """
-        return replace(
-            self,
-            factors=(("b",), self.factors[1], ("s",)),
-            kept=tuple(axis for axis in self.kept if axis in self.factors[1]),
-        )
-
     def code(self, options: Mapping[str, int]) -> list[int]:
         """The pattern as numbers, as compiled kernels take it.
 
@@ -98,10 +98,6 @@ class Pattern:
                 code += [-1 if axis == name else options[axis], int(axis in self.kept)]
         self._codes[key] = code
         return code
-
-    @cached_property
-    def _codes(self) -> dict[tuple[int, ...], list[int]]:
-        return {}
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> tuple[Pattern, dict[str, int]]:

@@ -828,12 +828,13 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     part.passes = 0;
     if (args.known) return spread(k, part);
     // the mean of some rows: one alone is often far from that of all, in one of many columns
-    const int64_t n = this->distinct(k), many = args.centred ? std::min<int64_t>(this->plan.reduced.size(), 8) : 0;
+    const int64_t n = this->distinct(k), rows = this->plan.reduced.size();
+    const int64_t many = args.centred ? std::clamp<int64_t>(rows / 16, 1, 8) : 0;
     float *shift = part.at(kShift), *number = part.at(kMean);
     std::fill_n(shift, n, 0.f);
     std::fill_n(number, n, 0.f);
     for (int64_t i = 0; i < many; ++i) {
-      const int64_t r = this->plan.reduced.size() * i / many;
+      const int64_t r = rows * i / many;
       const T* row = args.x + this->start(k) + this->plan.reduced[r].memory;
       const uint8_t* mask = kMask ? this->mask(args.mask, k, r) : nullptr;
       if (kAcross && kMask && !*mask) continue;
