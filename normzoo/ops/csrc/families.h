@@ -776,6 +776,20 @@ struct Columns {
       for (int64_t c = 0; c < n; ++c) to[c] = from[plan.group[c]];
     }
   }
+  // For each statistic the sum of f over its columns.
+  template <class F>
+  void fold(float* to, F&& f) const {
+    if (plan.block > 0) {
+      for (int64_t g = 0; g < plan.groups; ++g) {
+        vf all{};
+        vectors(plan.block, [&](int64_t i, int, auto whole) { all += only(f(g * plan.block + i, whole), whole); });
+        to[g] = sum(all);
+      }
+    } else {
+      std::fill_n(to, plan.groups, 0.f);
+      for (int64_t c = 0; c < plan.channels; ++c) to[plan.group[c]] += f(c, Tail{1})[0];
+    }
+  }
   void repeat(ColumnsPart& part, std::initializer_list<Column> which) const {
     for (const auto column : which)
       for (int64_t i = 1; i < plan.repeat; ++i)
@@ -938,18 +952,24 @@ struct ColumnsForward : Columns<kAcross, kMask> {
       std::fill_n(vars, statistics, 0.f);
     } else {  // all from the shift of one column of the group: the means may be large and close to each other
       const float share = (float)statistics / (float)n;
-      std::vector<float> base(statistics), middle(statistics);
+      float *base = part.at(kR), *middle = part.at(kWeight), *column = part.at(kBias);
       for (int64_t c = n; c-- > 0;) base[this->group(c)] = from[c];
-      for (int64_t c = 0; c < n; ++c) {
-        apart[c] += from[c] - base[this->group(c)];
-        middle[this->group(c)] += apart[c] * share;
+      this->gather(k, base, column);
+      vectors(n, [&](int64_t i, int, auto whole) {
+        const vf far_from = load(from + i, whole) - load(column + i, whole);
+        store(apart + i, load(apart + i, whole) + far_from, whole);
+      });
+      this->fold(middle, [&](int64_t i, auto whole) { return load(apart + i, whole); });
+      for (int64_t g = 0; g < statistics; ++g) {
+        middle[g] *= args.centred ? share : 0;
+        means[g] = args.centred ? base[g] + middle[g] : 0;
       }
-      for (int64_t g = 0; g < statistics; ++g) means[g] = args.centred ? base[g] + middle[g] : 0;
-      std::fill_n(vars, statistics, 0.f);
-      for (int64_t c = 0; c < n; ++c) {
-        const float off_middle = args.centred ? apart[c] - middle[this->group(c)] : 0;
-        vars[this->group(c)] += (var[c] + off_middle * off_middle) * share;
-      }
+      this->gather(k, middle, column);
+      this->fold(vars, [&](int64_t i, auto whole) {
+        const vf off = args.centred ? load(apart + i, whole) - load(column + i, whole) : vf{};
+        return load(var + i, whole) + off * off;
+      });
+      for (int64_t g = 0; g < statistics; ++g) vars[g] *= share;
     }
     if (kMask)
       for (int64_t g = 0; g < statistics; ++g)
@@ -1149,23 +1169,20 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
         if (kLimited) dfloor[c] += part.at(kBelow)[c];
       }
     }
-    std::vector<float> grouped;
+    float *sums = a, *products = b;
     if (statistics == n) {
       for (int64_t c = 0; c < n; ++c) a[c] = s1[c] * weight[c], b[c] = s2[c] * weight[c];
     } else {
-      grouped.resize(2 * statistics);
-      for (int64_t c = 0; c < n; ++c) {
-        grouped[this->plan.group[c]] += s1[c] * weight[c];
-        grouped[statistics + this->plan.group[c]] += s2[c] * weight[c];
-      }
+      sums = part.at(kShift), products = sums + statistics;
+      this->fold(sums, [&](int64_t i, auto whole) { return load(s1 + i, whole) * load(weight + i, whole); });
+      this->fold(products, [&](int64_t i, auto whole) { return load(s2 + i, whole) * load(weight + i, whole); });
     }
-    const float *sums = grouped.empty() ? a : grouped.data(), *products = grouped.empty() ? b : sums + statistics;
     if (args.what == Do::sums) {
       std::copy_n(sums, statistics, args.sum + first);
       std::copy_n(products, statistics, args.product + first);
       return true;
     }
-    if (!grouped.empty()) {
+    if (statistics != n) {
       this->gather(k, sums, a);
       this->gather(k, products, b);
     }

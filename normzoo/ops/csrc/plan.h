@@ -73,6 +73,7 @@ struct Plan {
   int64_t repeat = 1;            // columns across channels: positions in one run, which are reduced together
   int64_t groups = 1;            // rows, columns: statistics in one run
   std::vector<int32_t> group;    // columns across channels: the statistic of each channel, where they share them
+  int64_t block = 0;             // of adjacent channels, where each statistic is one
   Starts kept, reduced;          // the other axes
   // the same axes in the order of the memory, with their strides among the kept and the reduced ones
   struct Step {
@@ -202,6 +203,7 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
   plan.family = Family::columns;
   if (plan.across) {
     if (plan.groups == channels) return plan;
+    if (factors == 1 || (factors == 2 && axes[inner].kept)) plan.block = channels / plan.groups;
     plan.group.reserve(channels);
     plan.group.push_back(0);
     int64_t scale = plan.groups;
