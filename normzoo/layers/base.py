@@ -367,8 +367,7 @@ class MomentNorm(CanonicalNorm):
             )
         self.eps = checked_eps(options["eps"])
         self.sizes = self._sizes(num_features, options)
-        sizes = self.pattern.population.sizes((1, num_features, 1), self.sizes)
-        self.enough = self._enough(sizes)
+        self.enough = self._enough()
         # the repr shows what was chosen: eps, sizes and momentum always, the rest where it is not the default
         self._shown = {"eps": self.eps, **{"groups" if axis == "g" else axis: n for axis, n in self.sizes.items()}}
         quiet = ("channel_dim", "device", "dtype", "group_size", *self._shown)
@@ -411,9 +410,10 @@ class MomentNorm(CanonicalNorm):
         self.pattern.population.sizes((1, channels, 1), sizes)  # refuses what does not divide
         return sizes
 
-    def _enough(self, sizes: Mapping[str, int]) -> float:
+    def _enough(self) -> float:
         """So many values in an input, whatever its shape, are enough for each statistic."""
         kept, population = self.pattern.kept, self.pattern.population.kept
+        sizes = self.pattern.population.sizes((1, self.num_features, 1), self.sizes)
         if not self.centred or math.prod(sizes[a] for a in self.pattern.factors[1] if a not in kept) >= self.min_count:
             return 0
         return self.min_count * math.prod(sizes[a] for a in kept) if kept == population else math.inf
@@ -456,13 +456,10 @@ class MomentNorm(CanonicalNorm):
 
     def normalize(self, x: Tensor, mask: Tensor | None, channels_last: bool) -> Tensor:
         """The norm on ``(b, c, *s)`` or ``(b, *s, c)``, with a mask of shape ``(b, *s)``."""
-        running = None
-        if self.track_running_stats:
-            if not self.training:
-                return self.standardize(x, mask, channels_last, given=self.population())[0]
-            if not self.hold and not in_backward():
-                running = self.running()
+        if self.evaluates:
+            return self.standardize(x, mask, channels_last, given=self.population())[0]
         self.check_count(x, mask, channels_last)
+        running = self.running() if self.counts else None
         y, moments = self.standardize(x, mask, channels_last, running=running)
         if moments is not None:
             self.update(moments)

@@ -67,15 +67,15 @@ class MixedMomentsNorm(MixingNorm):
         return *mixed(own, batch, means, variances, self.eps), 0.0
 
     def measured(
-        self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Moments]:
+        self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None,
+        running: Moments | None,
+    ) -> tuple[Tensor, Moments]:  # fmt: skip
         """By one compiled operator where there is one."""
         done = None
         if not self.sync:
-            batch = self._running() if self.evaluates else None
             means, variances = self.tensors()
-            done = mixture(x, mask, channels_last, means, variances, batch, eps=self.eps, weight=weight, bias=bias)
-        return done or super().measured(x, mask, channels_last, weight, bias)
+            done = mixture(x, mask, channels_last, means, variances, running, eps=self.eps, weight=weight, bias=bias)
+        return done or super().measured(x, mask, channels_last, weight, bias, running)
 
 
 @register("switchable_norm", aliases=("sn",))

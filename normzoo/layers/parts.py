@@ -253,17 +253,19 @@ class BatchCellNorm(BatchFormulaNorm):
     def _count(
         self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        y, (mean, var, number) = self.measured(x, mask, channels_last, weight, bias)
+        running = self._running() if self.evaluates else None
+        y, (mean, var, number) = self.measured(x, mask, channels_last, weight, bias, running)
         if self.counts:
             number = number.flatten() if isinstance(number, Tensor) else number
             self.update(Moments(mean.detach().flatten(), var.detach().flatten(), number))
         return y
 
     def measured(
-        self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Moments]:
-        """The output, and the moments of the batch that it was normalised by."""
-        running, batches = self._running() if self.evaluates else None, []
+        self, x: Tensor, mask: Tensor | None, channels_last: bool, weight: Tensor | None, bias: Tensor | None,
+        running: Moments | None,
+    ) -> tuple[Tensor, Moments]:  # fmt: skip
+        """The output, and the moments of the batch that it was normalised by: the running ones where there are."""
+        batches = []
 
         def coefficients(own: Moments, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
             batch = running or self._batch(own)

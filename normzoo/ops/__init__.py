@@ -80,6 +80,11 @@ def allowed(name: str) -> bool:
     return _backend in ("auto", name)
 
 
+def opaque(x: Tensor, weight: Tensor | None, bias: Tensor | None, given: Moments | None) -> bool:
+    """Whether a function around the compiled CPU operators takes this call, which no compiler can look into."""
+    return allowed("cpu") and not torch.compiler.is_compiling() and cpu.serves(x, weight, bias, given)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """No autocast where ``x`` lives; some devices, such as ``meta``, have none."""
     device = x.device.type
@@ -139,9 +144,9 @@ def standardize(
                 centred=centred, mask=mask, rescale=rescale, sync=True, group=group,
             )  # fmt: skip
             return y[:0], moments
-        if _backend in ("auto", "cpu") and not torch.compiler.is_compiling() and cpu.serves(x, weight, bias, None):
+        if opaque(x, weight, bias, None):
             return cpu.synchronize(x, pattern, options, channels_last, eps, weight, bias, centred, mask, rescale, group)
-    elif _backend in ("auto", "cpu") and cpu.serves(x, weight, bias, given):
+    elif allowed("cpu") and cpu.serves(x, weight, bias, given):
         return cpu.standardize(
             x, pattern, options, channels_last, eps, weight, bias, centred, mask, given, rescale, running
         )
@@ -171,7 +176,7 @@ def standardize(
                     x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
                     weight=weight, bias=bias, mask=mask, given=given, rescale=rescale, sync=sync, group=group,
                 )  # fmt: skip
-        if _backend in ("auto", "native") and mask is None and not sync and rescale is None:
+        if allowed("native") and mask is None and not sync and rescale is None:
             done = native.standardize(
                 x, pattern, options, channels_last=channels_last, eps=eps, centred=centred,
                 weight=weight, bias=bias, given=given,

@@ -66,7 +66,7 @@ def cellwise(
         >>> y.mean(2).abs().max() < 1e-5, own.mean.shape
         (tensor(True), torch.Size([4, 8, 1]))
     """
-    if ops.allowed("cpu") and not torch.compiler.is_compiling() and cpu.serves(x, weight, bias, None):
+    if ops.opaque(x, weight, bias, None):
         tracked = torch.is_grad_enabled()
         y, *own = _Cellwise.apply(x, mask, channels_last, centred, tracked, coefficients, weight, bias, *tensors)  # pyright: ignore[reportGeneralTypeIssues]
         return y, _moments(x, *own)
@@ -164,9 +164,7 @@ def mixture(
         The output, in the dtype and layout of ``x``, and the moments of the batch, of shape ``(c,)``; ``None`` where no
         compiled operator takes this input, and :func:`cellwise` with :func:`mixed` does the same.
     """
-    if mask is not None or torch.compiler.is_compiling() or means.dtype != torch.float32:
-        return None
-    if not ops.allowed("cpu") or not cpu.serves(x, weight, bias, batch):
+    if mask is not None or means.dtype != torch.float32 or not ops.opaque(x, weight, bias, batch):
         return None
     y, mean, var = _Mixture.apply(x, channels_last, batch, eps, means, variances, weight, bias)  # pyright: ignore[reportGeneralTypeIssues]
     return y, batch or Moments(mean, var, x.numel() // mean.numel())

@@ -213,8 +213,6 @@ struct Sums {
   vf a[4], b[4];
 
   Sums() : a{}, b{} {}
-  float first() const { return sum(tree(a)); }
-  float second() const { return sum(tree(b)); }
 };
 
 inline double count_mask(const uint8_t* mask, int64_t n) {
@@ -321,12 +319,14 @@ struct RunsBackward {
   const Backward<T>& args;
 
   RunsPart part() const { return RunsPart(); }
-  void enter(RunsPart& part) const { part.share = args.shares->weight(); }
+  void enter(RunsPart& part) const {
+    if (args.what != Do::apply) part.share = args.shares->weight();
+  }
 
   void begin(int64_t k, RunsPart& part) const {
     part = RunsPart();
     part.start = plan.kept[k];
-    if (args.what != Do::apply) enter(part);
+    enter(part);
     part.mean = args.mean[k];
     if (args.scale) part.scale = args.scale[k];
     if (args.var) part.scale = 1 / std::sqrt((float)(args.var[k] + args.eps));
@@ -560,7 +560,7 @@ struct RowsForward {
       vf a[4] = {};
       if (args.centred) {
         vectors(n, [&](int64_t i, int j, auto whole) { a[j] += load(x + i, whole); });
-        mean = sum((a[0] + a[1]) + (a[2] + a[3])) / n;
+        mean = sum(tree(a)) / n;
       }
       const vf middle = splat(mean);
       vf b[4] = {};
@@ -568,7 +568,7 @@ struct RowsForward {
         const vf off = only(load(x + i, whole) - middle, whole);
         b[j] += off * off;
       });
-      var = sum((b[0] + b[1]) + (b[2] + b[3])) * share;
+      var = sum(tree(b)) * share;
       keep(row, mean, var, true);
     }
     if (args.what == Do::sums) return;
@@ -594,8 +594,8 @@ struct RowsBackward {
   Floats parameters;  // gradients of the weight and the bias from rows that have not joined the total
 
   RowsBackward(const Plan& plan, const Backward<T>& args)
-      : args(args), n(plan.width / plan.groups), run(plan.width), width((run + kLanes - 1) / kLanes * kLanes), share(1.f / n), eps((float)args.eps),
-        parameters(2 * width, 0.f) {}
+      : args(args), n(plan.width / plan.groups), run(plan.width), width((run + kLanes - 1) / kLanes * kLanes),
+        share(1.f / n), eps((float)args.eps), parameters(2 * width, 0.f) {}
 
   void skip(const Row& row) const {
     if (args.what != Do::sums) std::fill_n(args.dx + row.at, n, T(0));
@@ -662,15 +662,16 @@ struct RowsBackward {
     const T *x = args.x + row.at, *dy = args.dy + row.at;
     const float *weight = args.weight + row.channel, rstd = scale_of(row);
     const vf mean = splat(args.mean[row.which]), scale = splat(rstd);
-    Sums sums;
+    Sums own;
     if (args.what != Do::apply)
       vectors(n, [&](int64_t i, int j, auto whole) {
         const vf d = load(dy + i, whole), w = load(weight + i, whole), both = d * (load(x + i, whole) - mean);
-        sums.a[j] += w * d;
-        sums.b[j] += w * both;
+        own.a[j] += w * d;
+        own.b[j] += w * both;
         count(row.channel + i, d, both, scale, whole);
       });
-    const auto [p, q, r] = coefficients(row, rstd, sums.first(), sums.second());
+    const auto [s1, s2] = sums(tree(own.a), tree(own.b));
+    const auto [p, q, r] = coefficients(row, rstd, s1, s2);
     if (args.what == Do::sums) return;
     const vf vp = splat(p), vq = splat(q), vr = splat(r);
     const Out<T> out(args.dx + row.at, args.stream);

@@ -75,9 +75,9 @@ struct Plan {
   std::vector<int32_t> group;    // columns across channels: the statistic of each channel, where they share them
   int64_t block = 0;             // of adjacent channels, where each statistic is one
   Starts kept, reduced;          // the other axes
-  // the same axes in the order of the memory, with their strides among the kept and the reduced ones
+  // the same axes in the order of the memory, with their strides among the kept ones: none where they are reduced
   struct Step {
-    int64_t size, kept, reduced;
+    int64_t size, kept;
     Start stride;
   };
   c10::SmallVector<Step, 8> order;
@@ -90,7 +90,7 @@ struct Plan {
 // One run after the other in the order of the memory.
 struct Cursor {
   const Plan& plan;
-  int64_t kept = 0, reduced = 0;
+  int64_t kept = 0;
   Start start;
   c10::SmallVector<int64_t, 8> index;
 
@@ -102,7 +102,6 @@ struct Cursor {
     const auto& step = plan.order[axis];
     index[axis] += steps;
     kept += steps * step.kept;
-    reduced += steps * step.reduced;
     start = start + step.stride * steps;
   }
 
@@ -183,11 +182,10 @@ inline Plan make_plan(c10::IntArrayRef spec, int64_t samples, int64_t channels, 
   c10::SmallVector<int64_t, 8> strides(inner);
   for (size_t i = inner; i-- > 0; stride *= axes[i].size) strides[i] = stride;
   for (size_t i = 0; i < inner; ++i) (axes[i].kept ? plan.kept : plan.reduced).cross(axes[i], strides[i]);
-  int64_t k = plan.kept.size(), r = plan.reduced.size();
+  int64_t k = plan.kept.size();
   for (size_t i = 0; i < inner; ++i) {
-    (axes[i].kept ? k : r) /= axes[i].size;
-    plan.order.push_back({axes[i].size, axes[i].kept ? k : 0, axes[i].kept ? 0 : r,
-                          {strides[i], axes[i].channel, axes[i].mask}});
+    if (axes[i].kept) k /= axes[i].size;
+    plan.order.push_back({axes[i].size, axes[i].kept ? k : 0, {strides[i], axes[i].channel, axes[i].mask}});
   }
 
   if (!plan.across && !any_kept) return plan;
