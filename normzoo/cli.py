@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -387,10 +389,21 @@ def run(
     else:
         plan = _study_of(norms, models, data, seeds, set_, baseline, name)
     if dry_run:
-        for cell in plan.cells():
-            print(f"{cell.id}  {cell.label}")
-        return 0
+        return _dry_run(plan)
     return _run(plan, out, workers, retry_failed, in_process, wandb)
+
+
+def _dry_run(plan: Study) -> int:
+    from normzoo.study.spec import foresee
+
+    cells = plan.cells()
+    outlook = foresee(cells)
+    outlook.check()
+    for cell in cells:
+        print(f"{cell.id}  {cell.label}")
+    if outlook.failing:
+        print(f"normzoo: {outlook}", file=sys.stderr)
+    return int(outlook.failing > 0)
 
 
 def _study_of(
@@ -431,11 +444,14 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _run(plan: Study, out: Path, workers: int | None, retry_failed: bool, in_process: bool, wandb: bool) -> int:
     from normzoo.report import make_report, print_table
-    from normzoo.study import load_results, run_study, store
+    from normzoo.study import load_results, run_study
 
     summary = run_study(plan, out, workers=workers, retry_failed=retry_failed, in_process=in_process, track=wandb)
-    began = (summary.directory / store.STUDY).exists()  # or it was interrupted before that
-    if began and load_results(summary.directory):
+    if summary.signal is not None:
+        program = "normzoo" if shutil.which("normzoo") else sys.argv[0]
+        print(f"  {shlex.join([program, *sys.argv[1:]])}")
+        return summary.exit_code
+    if load_results(summary.directory):
         print()
         print_table(summary.directory)
         print(f"\nreport: {make_report(summary.directory)}")

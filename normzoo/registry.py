@@ -10,9 +10,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,14 +187,37 @@ def _import(name: str) -> ModuleType:
             raise NormzooError(
                 f"there is no module {name!r}; expected an importable module or a file, as in 'my_file.py:MyNorm'"
             ) from error
-        raise
+        raise _raised(f"the module {name!r}", error) from error
+    except (Exception, SystemExit) as error:  # a user's code, which may raise anything
+        raise _raised(f"the module {name!r}", error) from error
+
+
+def _raised(what: str, error: BaseException) -> NormzooError:
+    """Where and why somebody's code raised when it was imported: its own lines alone, none of who imported it."""
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+        marked = "".join(traceback.format_exception_only(error)[1:-1])  # the line, and a mark under the place
+        return NormzooError(f"{error.filename}, line {error.lineno} raised SyntaxError: {error.msg}\n{marked}".rstrip())
+    frames = own_frames(error)
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else what
+    if isinstance(error, NormzooError):
+        return NormzooError(f"{where}: {error}")
+    lines = "".join(traceback.format_list(frames))
+    return NormzooError(f"{where} raised {type(error).__name__}: {error}\n{lines}".rstrip())
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of an error that are in a user's code: in the first file that is not ours, and in its neighbours."""
+    ours = (f"{Path(__file__).parent}{os.sep}", f"{Path(importlib.__file__).parent}{os.sep}", "<frozen importlib")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    home = Path(frames[0].filename).parent if frames else None
+    return [frame for frame in frames if Path(frame.filename).parent == home]
 
 
 def load_file(path: str | Path) -> ModuleType:
     """Import a Python file by its path, once in a process.
 
     Raises:
-        NormzooError: when there is no such file.
+        NormzooError: when there is no such file, or it raises, with the lines that did.
     """
     path = Path(path).expanduser().resolve()
     if path not in _files:
@@ -212,8 +237,10 @@ def load_file(path: str | Path) -> ModuleType:
         sys.path.insert(0, str(path.parent))  # a file's neighbours are importable, as when it is run
         try:
             found.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
+            if isinstance(error, Exception | SystemExit):  # a user's code, which may raise anything
+                raise _raised(str(path), error) from error
             raise
         finally:
             sys.path.remove(str(path.parent))

@@ -425,6 +425,24 @@ def test_rows_of_any_length(length, dtype):
         assert not y[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("length", [2, 3, 15, 16, 17, 49, 64, 255, 256, 257])
+def test_short_runs_of_any_length(length, dtype):
+    """Many channels with few positions: several are summed together, and again where the first element is far away."""
+    for text, options in (
+        ("b c s -> b c", {}), ("b c s -> b", {}), ("b (g c) s -> b g", {"g": 2}), ("b (g c) s -> b g", {"g": 18}),
+    ):  # fmt: skip
+        for channels in (36, 144) if length < 20 else (36,):
+            x = data(3, channels, length, dtype=dtype)
+            agree(x, text, options)
+            agree(x, text, options, centred=False, affine=False)
+            x[1, ::5, 0] += 50
+            agree(x, text, options)
+            x[1] = 3.0
+            y, _ = ops.standardize(x, Pattern.parse(text), options, eps=1e-5)
+            assert not y[1].any()
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
 @pytest.mark.parametrize("text", PATTERNS)
 def test_tiny_and_huge_inputs(text, scale):

@@ -85,9 +85,14 @@ class Case:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def tensor_bytes(self) -> int:
+        """What one tensor of this shape and dtype takes."""
+        return self.elements * DTYPES[self.dtype].itemsize
+
     def bytes(self, direction: str) -> int:
         """What has to be moved at least: 2, 3 or 5 times the tensor."""
-        return PASSES[direction] * self.elements * DTYPES[self.dtype].itemsize
+        return PASSES[direction] * self.tensor_bytes
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -46,7 +49,8 @@ def run_bench_command(
     """Measure norms in each shape, layout and dtype, print a table for each, and write what was asked for.
 
     Raises:
-        NormzooError: for a norm, shape, layout, dtype, device, alternative or folder that is none.
+        NormzooError: for a norm, shape, layout, dtype, device, alternative or folder that is none, or a tensor that
+            does not fit into memory.
     """
     norms = [checked(norm) for norm in norms]
     one_of("direction", direction, DIRECTIONS)
@@ -62,15 +66,19 @@ def run_bench_command(
     console = _begin(device, effort, rivals)
     rows: list[Row] = []
     errors: list[Errors] = []
-    for case in cases:
-        if accuracy:
-            errors += (wrong := measure_accuracy(case, subjects, rivals))
-            print_errors(console, case, wrong)
-            continue
-        found = measure_case(case, subjects, rivals, direction, effort)
-        rows += found
-        print_rows(console, str(case) + (", 70 % real" if masked else ""), found)
-    _write(rows, csv, plot, console)
+    try:
+        for case in cases:
+            with _enough_memory(str(case), case.tensor_bytes, "give a smaller --shape, or a --dtype of fewer bytes"):
+                if accuracy:
+                    errors += (wrong := measure_accuracy(case, subjects, rivals))
+                    print_errors(console, case, wrong)
+                    continue
+                found = measure_case(case, subjects, rivals, direction, effort)
+            rows += found
+            print_rows(console, str(case) + (", 70 % real" if masked else ""), found)
+    finally:  # what was measured before something went wrong is kept
+        if rows:
+            _write(rows, csv, plot, console)
     return _exit_code([*rows, *errors])
 
 
@@ -80,15 +88,17 @@ def run_recurrent_command(
     """Measure a recurrent layer with each norm inside against torch's own without any.
 
     Raises:
-        NormzooError: for a norm, model or folder that is none.
+        NormzooError: for a norm, model or folder that is none, or sequences that do not fit into memory.
     """
     norms = [checked(norm) for norm in norms]
     one_of("direction", direction, DIRECTIONS)
     _need_folder(csv, "--csv")
     console = _begin(recurrent.device, effort, ())
-    rows = measure_recurrent(recurrent, norms, direction=direction, effort=effort)
     title = f"{recurrent.model}, {recurrent.steps} steps, batch {recurrent.batch}, {recurrent.hidden} units"
-    print_rows(console, f"{title}, {recurrent.dtype}", rows)
+    title = f"{title}, {recurrent.dtype}"
+    with _enough_memory(title, recurrent.case.tensor_bytes, "give smaller --steps, --batch or --hidden"):
+        rows = measure_recurrent(recurrent, norms, direction=direction, effort=effort)
+    print_rows(console, title, rows)
     _write(rows, csv, None, console)
     return _exit_code(rows)
 
@@ -133,6 +143,24 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
         raise
     console.print(f"{sum(target.met for target in targets)} of {len(targets)} targets met; written to {out}")
     return int(not all(target.met for target in targets))
+
+
+@contextmanager
+def _enough_memory(what: str, tensor_bytes: int, mend: str) -> Iterator[None]:
+    """Say what did not fit, and how large it is, where torch cannot allocate it."""
+    try:
+        if tensor_bytes >= 2**63:  # more than torch can count
+            raise MemoryError
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        refused = re.search(r"allocate (\d+) bytes", str(error))
+        size = int(refused[1]) if refused else tensor_bytes
+        raise NormzooError(
+            f"{what} does not fit into memory: there was no room for a tensor of {size:,} bytes "
+            f"({size / 2**30:,.1f} GiB), and measuring takes several; {mend}"
+        ) from error
 
 
 def _need_folder(path: Path | None, option: str) -> None:

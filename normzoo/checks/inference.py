@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -127,7 +127,7 @@ def _sharing_in_training(subject: Subject) -> dict[str, bool | str]:
     return {
         "batch_dependent": across(moved, 0),
         "causal_in_training": not backwards(moved),
-        "shares": describe(moved),
+        "shares": describe(moved, subject.stated),
     }
 
 
@@ -136,7 +136,7 @@ def _sharing_in_evaluation(subject: Subject) -> dict[str, bool | str]:
     return {
         "batch_dependent_in_evaluation": across(moved, 0),
         "causal": not backwards(moved),
-        "shares_in_evaluation": describe(moved),
+        "shares_in_evaluation": describe(moved, subject.stated),
     }
 
 
@@ -176,8 +176,12 @@ def backwards(moved: Tensor) -> bool:
     return bool(table.tril(-1).any())
 
 
-def describe(moved: Tensor) -> str:
+def describe(moved: Tensor, stated: tuple[Pattern, Mapping[str, int]] | None = None) -> str:
     """The moments pattern whose statistics connect the same elements, or in which directions elements move others.
+
+    Args:
+        moved: as :func:`influence` finds it.
+        stated: the pattern that the norm states, with its sizes; it is the answer where it connects the same elements.
 
     >>> same_channel = torch.eye(8, dtype=torch.bool).view(1, 8, 1, 1, 8, 1).expand(4, 8, 6, 4, 8, 6)
     >>> describe(same_channel)
@@ -185,7 +189,7 @@ def describe(moved: Tensor) -> str:
     """
     shape = (moved.shape[0], moved.shape[1], moved.shape[2])
     table = moved.flatten(3).flatten(0, 2)
-    for pattern, sizes in _patterns(shape):
+    for pattern, sizes in itertools.chain([stated] if stated else [], _patterns(shape)):
         number = members(pattern, shape, sizes).flatten()
         if torch.equal(table, number[:, None] == number[None]):
             return "nothing" if pattern.kept == CANONICAL else str(pattern)
@@ -214,7 +218,7 @@ def _patterns(shape: tuple[int, int, int]) -> Iterator[tuple[Pattern, dict[str, 
                 yield Pattern.parse(f"{batch} {channel} s -> {' '.join(kept)}"), sizes
 
 
-def members(pattern: Pattern, shape: tuple[int, int, int], options: dict[str, int]) -> Tensor:
+def members(pattern: Pattern, shape: tuple[int, int, int], options: Mapping[str, int]) -> Tensor:
     """The number of the statistic to which each element of a ``(b, c, s)`` tensor belongs."""
     sizes = pattern.sizes(shape, options)
     number = torch.zeros((), dtype=torch.long)

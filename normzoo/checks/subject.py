@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from normzoo.errors import NormzooError
 from normzoo.layers.base import MomentNorm, Norm, Traits
 from normzoo.layers.foreign import ForeignNorm
-from normzoo.registry import Spec, create, label, resolve
+from normzoo.ops.pattern import Pattern
+from normzoo.registry import Spec, create, label, own_frames, resolve
 
 if TYPE_CHECKING:
     from normzoo.checks.inference import Inferred
@@ -65,6 +66,7 @@ class Subject:
             )
         self.spec = spec
         self.name = label(spec)
+        resolve(spec)  # once: a file that raises is not tried again for each width
         self.channels, self._example = self._first()
         self.traits: Traits | None = self._example.traits
 
@@ -73,13 +75,14 @@ class Subject:
         for width in _WIDTHS:
             try:
                 return width, create(self.spec, width)
-            except (ValueError, TypeError, RuntimeError, AssertionError) as refusal:
+            except Exception as refusal:  # somebody else's code: it may raise anything
                 refusals.append(refusal)
         if isinstance(refusals[0], NormzooError):
             raise refusals[0]
+        where = "".join(f" ({frame.filename}, line {frame.lineno})" for frame in own_frames(refusals[0])[-1:])
         raise NormzooError(
             f"{self.name} cannot be made from a width alone: norm({_WIDTHS[0]}) raised "
-            f"{type(refusals[0]).__name__}: {refusals[0]}. Give other arguments defaults, or bind them by "
+            f"{type(refusals[0]).__name__}: {refusals[0]}{where}. Give other arguments defaults, or bind them by "
             "functools.partial"
         ) from refusals[0]
 
@@ -149,6 +152,11 @@ class Subject:
         """
         if not self.stateful:
             raise NotApplicable("keeps no statistics")
+
+    @property
+    def stated(self) -> tuple[Pattern, Mapping[str, int]] | None:
+        """The moments pattern that the norm states, and the sizes of its own axes; ``None`` where it states none."""
+        return (self._example.pattern, self._example.sizes) if isinstance(self._example, MomentNorm) else None
 
     @property
     def virtual_batches(self) -> bool:

@@ -43,6 +43,7 @@ class Progress:
         self.rows: list[Mapping[str, Any]] = list(rows)
         self.running: dict[str, Cell] = {}
         self.workers = workers
+        self.ends_with_table = True
         self._live: Any = None
 
     def __enter__(self) -> Progress:
@@ -58,7 +59,8 @@ class Progress:
             live, self._live = self._live, None
             self.running.clear()
             live.stop()
-            self.console.print(self.table())
+            if self.ends_with_table:
+                self.console.print(self.table())
 
     def say(self, text: str) -> None:
         """One line that stays."""

@@ -32,7 +32,7 @@ from normzoo.study.progress import Progress, duration
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-    from normzoo.study.spec import Cell, Study
+    from normzoo.study.spec import Cell, Outlook, Study
 
 ATTEMPTS = 2
 """How often a cell is started when it is killed."""
@@ -139,11 +139,15 @@ def run_study(
         if todo and stop.signal is None:
             with _mirror(directory, track, mirror_wait, stop, display), display:
                 (run.in_process if in_process else run.in_processes)()
+                display.ends_with_table = stop.signal is None
         summary = _summarise(cells, len(rows), time.monotonic() - began, run)
-    display.say(str(summary))
     if summary.signal is not None:
-        display.say("interrupted; run the same command again to go on: what is finished is kept")
-    elif summary.problem is not None:
+        kept = f"{len(cells) - summary.unfinished} of {len(cells)} cells are done"
+        failed = f" ({summary.failed} failed)" if summary.failed else ""
+        display.say(f"interrupted: {kept}{failed}, and kept in {directory}; to go on, run it again")
+        return summary
+    display.say(str(summary))
+    if summary.problem is not None:
         display.say(f"stopped: {summary.problem}; mend that and run the same command again: what is finished is kept")
     elif summary.failed:
         display.say(f"failed cells keep their traceback in {directory / 'cells'}; run them again with --retry-failed")
@@ -220,19 +224,21 @@ class _Run:
     def check(self, in_process: bool) -> None:
         """Find what would keep cells from running, before any does; wait meanwhile for the forkserver's imports.
 
+        A model that cannot be built is only said: its cells are rows that failed, and the others go on.
+
         Raises:
             NormzooError: when the imports fail, a norm cannot be found by another process, or a task refuses one.
         """
         if in_process:
-            from normzoo.study.spec import refusals
+            from normzoo.study.spec import foresee
 
-            failure, reasons = None, refusals(self.todo)
+            failure, outlook = None, foresee(self.todo)
         else:
             self._check_findable()
             self.display.say("loading torch and Lightning, once")
             try:
                 with self.stop.raising():
-                    failure, reasons = _ask(self.todo)
+                    failure, outlook = _ask(self.todo)
             except KeyboardInterrupt:
                 return
         if failure is not None:
@@ -241,8 +247,10 @@ class _Run:
                 hint = " (torchvision does not fit this torch: uninstall it, nothing here needs it)"
             last = "\n".join(f"  {line}" for line in failure.rstrip().splitlines()[-4:])
             raise NormzooError(f"the processes of the trainings cannot start{hint}:\n{last}")
-        if reasons:
-            raise NormzooError("\n".join(["this study cannot be run:", *(f"- {reason}" for reason in reasons)]))
+        if outlook is not None:
+            outlook.check()
+            if outlook.failing:
+                self.display.say(str(outlook))
 
     def _check_findable(self) -> None:
         from normzoo.study.spec import NOWHERE
@@ -391,11 +399,11 @@ def _start(context: BaseContext, target: Any, *args: Any) -> BaseProcess:
     return process
 
 
-def _ask(cells: list[Cell]) -> tuple[str | None, list[str]]:
-    """Ask a process like the cells' own whether everything can be imported there, and what the tasks refuse.
+def _ask(cells: list[Cell]) -> tuple[str | None, Outlook | None]:
+    """Ask a process like the cells' own whether everything can be imported there, and what it foresees.
 
     Returns:
-        The traceback of what failed, or None; and the refusals.
+        The traceback of what failed, or what was foreseen.
     """
     context = _context()
     reader, writer = context.Pipe(duplex=False)
@@ -406,7 +414,8 @@ def _ask(cells: list[Cell]) -> tuple[str | None, list[str]]:
         process.join()
         return answer
     except (EOFError, ConnectionError):
-        return "a process ended while it loaded them; run `python -m normzoo.study.warm` to see why", []
+        why = "a process ended while it imported what they need, or built their models"
+        return f"{why}; run `python -m normzoo.study.warm` to see whether it is an import", None
 
 
 def _answer(writer: multiprocessing.connection.Connection, cells: list[Cell], launched: float) -> None:
@@ -415,18 +424,18 @@ def _answer(writer: multiprocessing.connection.Connection, cells: list[Cell], la
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from normzoo.study import warm
 
-    failure, reasons = warm.failure, []
+    failure, outlook = warm.failure, None
     if failure is None:
         from normzoo.study import cell, spec
 
         try:
             for name in dict.fromkeys(name for each in cells for name in each.imports):
                 cell.load(name)
-            reasons = spec.refusals(cells)
+            outlook = spec.foresee(cells)
         except Exception:
             failure = traceback.format_exc()
     with contextlib.suppress(BrokenPipeError):  # the runner was interrupted meanwhile
-        writer.send((failure, reasons))
+        writer.send((failure, outlook))
 
 
 def _work(cell: Cell, directory: Path, attempt: int, launched: float) -> None:

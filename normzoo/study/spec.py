@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -192,19 +191,54 @@ class Study:
         }
 
 
-def refusals(cells: Sequence[Cell]) -> list[str]:
-    """Why tasks refuse norms of these cells, each reason once; this builds models, and imports Lightning."""
-    reasons: list[str] = []
-    seen: list[tuple[str, str, Setting]] = []
+@dataclass(frozen=True)
+class Outlook:
+    """What can be known of cells before any is trained; each reason once.
+
+    Attributes:
+        refused: why tasks refuse norms, whose results would mean nothing.
+        unbuildable: which models cannot be built, and why.
+        failing: how many cells will fail for that.
+    """
+
+    refused: tuple[str, ...]
+    unbuildable: tuple[str, ...]
+    failing: int
+
+    def check(self) -> None:
+        """Refuse to go on where a task refuses a norm.
+
+        Raises:
+            NormzooError: with all reasons.
+        """
+        if self.refused:
+            raise NormzooError("\n".join(["this study cannot be run:", *(f"- {reason}" for reason in self.refused)]))
+
+    def __str__(self) -> str:
+        if not self.failing:
+            return ""
+        count = "1 cell" if self.failing == 1 else f"{self.failing} cells"
+        return "\n".join([f"{count} will fail, as the model cannot be built:", *(f"- {r}" for r in self.unbuildable)])
+
+
+def foresee(cells: Sequence[Cell]) -> Outlook:
+    """Build the model of every combination of task, norm and options once, and see what tasks say of it."""
+    refused: dict[str, None] = {}
+    unbuildable: dict[str, None] = {}
+    failing = 0
+    combinations: dict[str, list[Cell]] = {}
     for cell in cells:
-        if (combination := (cell.task, cell.norm, cell.setting)) in seen:
-            continue
-        seen.append(combination)
+        options = {"model": cell.setting.model, "data": cell.setting.data}
+        combinations.setdefault(json.dumps([cell.task, cell.norm, options], sort_keys=True), []).append(cell)
+    for same in combinations.values():
         try:
-            tasks.check_compatible(*combination)
+            tasks.check_compatible(same[0].task, same[0].norm, same[0].setting)
+        except tasks.Unbuildable as error:
+            unbuildable[str(error)] = None
+            failing += len(same)
         except NormzooError as error:
-            reasons.append(str(error))
-    return list(dict.fromkeys(reasons))
+            refused[str(error)] = None
+    return Outlook(tuple(refused), tuple(unbuildable), failing)
 
 
 def _varied(cells: Sequence[Cell]) -> list[str]:
@@ -443,10 +477,7 @@ def load_study_file(path: str | Path) -> Study:
     file = Path(path).expanduser()
     if not file.is_file() or file.suffix != ".py":
         raise NormzooError(f"{path} is no study file; expected a Python file that says `study = nz.Study(...)`")
-    try:
-        module = registry.load_file(file)
-    except (Exception, SystemExit) as error:
-        raise NormzooError(_what_happened(file, error)) from error
+    module = registry.load_file(file)
     studies = {name: value for name, value in vars(module).items() if isinstance(value, Study)}
     if not studies:
         raise NormzooError(f"{path} defines no study; expected `study = nz.Study(...)` at its top level")
@@ -454,15 +485,3 @@ def load_study_file(path: str | Path) -> Study:
         raise NormzooError(f"{path} defines several studies ({', '.join(studies)}); a file holds one: split it")
     study = next(iter(studies.values()))
     return dataclasses.replace(study, imports=tuple(dict.fromkeys((str(file.resolve()), *map(str, study.imports)))))
-
-
-def _what_happened(file: Path, error: BaseException) -> str:
-    """Where and why a file raised: one line for bad input, the end of the traceback for anything else."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
-    line = error.lineno if isinstance(error, SyntaxError) else own[-1] if own else None
-    where = f"{file}, line {line}" if line else str(file)
-    if isinstance(error, NormzooError):
-        return f"{where}: {error}"
-    last = "".join(traceback.format_exception(error)).rstrip().splitlines()[-6:]
-    return "\n".join([f"{where} raised {type(error).__name__}: {error}", *(f"  {text}" for text in last)])

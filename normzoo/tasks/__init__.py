@@ -14,7 +14,7 @@ from normzoo.tasks.setting import Setting
 
 if TYPE_CHECKING:
     from normzoo.tasks.building import build
-    from normzoo.tasks.compatibility import check_compatible
+    from normzoo.tasks.compatibility import Unbuildable, check_compatible
     from normzoo.tasks.layer_sync import NormSync
     from normzoo.tasks.modules import ClassificationTask, LanguageModelTask, RegressionTask, TrainingTask
 
@@ -24,6 +24,7 @@ _HOME = {  # these import torch, and all but the last Lightning
     "NormSync": "layer_sync",
     "RegressionTask": "modules",
     "TrainingTask": "modules",
+    "Unbuildable": "compatibility",
     "build": "building",
     "check_compatible": "compatibility",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "Setting",
     "Task",
     "TrainingTask",
+    "Unbuildable",
     "build",
     "check_compatible",
     "find_task",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from normzoo.data import configure_data
-from normzoo.data.base import DataInputs
+from normzoo.data.base import DataInputs, DataSet, Family
 from normzoo.errors import NormzooError
 from normzoo.layers.base import Norm
 from normzoo.models import Inputs, create_model, seed_dropout
+from normzoo.registry import label
 from normzoo.tasks.catalogue import Task, find_task, resolve
 from normzoo.tasks.setting import Setting
 
 NormChoice = str | Callable[[int], nn.Module] | Mapping[str, Any]
 
 
+class Unbuildable(NormzooError):
+    """A task's model cannot be built with a norm; the message says which, and why."""
+
+
 def check_compatible(task: str, norm: NormChoice, setting: Setting | None = None) -> None:
-    """Refuse a norm that would make the results of a task meaningless.
+    """Refuse a norm with which a task's model cannot be built, or that would make the results meaningless.
 
     A model that predicts the next symbol must not see it. In evaluation, changing later symbols must therefore not
     change earlier answers; this is tried out on the model with the norm in it, so it holds for norms of any origin.
@@ -31,7 +37,8 @@ def check_compatible(task: str, norm: NormChoice, setting: Setting | None = None
         setting: How it would be trained; the task's defaults when left out.
 
     Raises:
-        NormzooError: with the reason and what to do instead.
+        Unbuildable: when the model cannot be built.
+        NormzooError: when it sees what it predicts, with what to do instead.
 
     Example:
         >>> check_compatible("text/transformer", "layer_norm")
@@ -39,13 +46,28 @@ def check_compatible(task: str, norm: NormChoice, setting: Setting | None = None
         Traceback (most recent call last):
         ...
         normzoo.errors.NormzooError: ...
+        >>> check_compatible("digits/cnn", "group_norm(groups=7)")
+        Traceback (most recent call last):
+        ...
+        normzoo.tasks.compatibility.Unbuildable: digits/cnn with group_norm(groups=7): groups=7 does not divide 32 ...
     """
     found = find_task(task)
-    if found.kind != "language_modelling":
-        return
     setting = setting or resolve(task)
-    parts = configure_data(found.data, **setting.data).parts(found.family)  # pyright: ignore[reportArgumentType]
-    look_at(found, norm, make_model(found, norm, setting, parts.inputs, parts.outputs, seed=0))
+    inputs, outputs = _ends(configure_data(found.data, **setting.data), found.family)  # pyright: ignore[reportArgumentType]
+    try:
+        model = make_model(found, norm, setting, inputs, outputs, seed=0)
+    except (Exception, SystemExit) as error:  # a norm may be anybody's code, and raise anything
+        reason = str(error) if isinstance(error, NormzooError) else f"{type(error).__name__}: {error}"
+        name = norm if isinstance(norm, Mapping) else label(norm)
+        raise Unbuildable(f"{found.name} with {name}: {reason}") from error
+    look_at(found, norm, model)
+
+
+@functools.lru_cache
+def _ends(data: DataSet, family: Family) -> tuple[DataInputs, int]:
+    """What a model for these data takes and gives; kept, as a study asks for each of its norms."""
+    parts = data.parts(family)
+    return parts.inputs, parts.outputs
 
 
 def make_model(

@@ -73,6 +73,7 @@ struct Backward {
 constexpr double kFar = 16;
 constexpr int64_t kBlock = 4096;  // elements or rows summed in float32 before they join a total
 constexpr int64_t kRows = 256;
+constexpr int64_t kShortRun = 16 * kLanes, kManyShort = 64;
 
 // Where results go. A large one is streamed past the caches, which spares reading the lines that are written.
 template <class T>
@@ -419,6 +420,177 @@ struct RunsBackward {
 
   void apply(int64_t, int64_t from, int64_t to, const RunsPart& part) const {
     for (int64_t r = from; r < to; ++r) apply(part.start + plan.reduced[r], part);
+  }
+};
+
+// ---- short runs: statistics of adjacent runs, with a few vectors in each ------------------------------------------
+
+// Many runs at a time, so that what each of them needs once is done by vectors: their sums, and from these what is
+// multiplied and added. The runs are those of whole statistics of one sample.
+template <class T>
+struct ShortRuns {
+  enum { kMean, kFirst, kSecond, kP, kQ, kR, kFields };
+
+  const Plan& plan;
+  const int64_t together, groups, step;  // runs of a statistic; statistics of a sample, and of those done at a time
+  Floats room;
+
+  explicit ShortRuns(const Plan& plan)
+      : plan(plan), together(plan.adjacent()), groups(plan.channels / together),
+        step(std::min(groups, std::max<int64_t>(1, kManyShort / together))), room(kFields * step * together) {}
+
+  // Few statistics are left to the loops in which threads share one.
+  static bool serve(const Plan& plan) {
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    return plan.width <= kShortRun && plan.adjacent() > 0 && (threads == 1 || plan.kept.size() >= 2 * threads);
+  }
+
+  float* at(int field) { return room.data() + field * step * together; }
+
+  // Call f(work, place, channel, statistic, statistics) for the runs from a place in memory on.
+  template <class F>
+  static void each(const Plan& plan, F&& f) {
+    const ShortRuns first(plan);
+    const int64_t units = (first.groups + first.step - 1) / first.step;
+    const int64_t all = plan.kept.size() / first.groups * units;
+    const int64_t grain = std::max<int64_t>(1, 32768 / (first.step * first.together * plan.width));
+    at::parallel_for(0, all, grain, [&](int64_t from, int64_t to) {
+      ShortRuns work(plan);
+      for (; from < to; ++from) {
+        const int64_t sample = from / units, group = from % units * work.step, k = sample * work.groups + group;
+        f(work, k * work.together * plan.width, group * work.together, k, std::min(work.step, work.groups - group));
+      }
+    });
+  }
+
+  // The sums of each run, which f adds up: f(i, part, a, b) takes in the vector i of memory, of the run j.
+  template <class F>
+  NORMZOO_INLINE void sum_runs(int64_t place, int64_t runs, F f) {
+    const float* means = at(kMean);
+    float *to1 = at(kFirst), *to2 = at(kSecond);
+    const int64_t width = plan.width;
+    for (int64_t first = 0; first < runs; first += kLanes) {
+      vf a[kLanes]{}, b[kLanes]{};
+      for (int64_t j = 0; j < std::min(kLanes, runs - first); ++j, place += width) {
+        const vf mean = splat(means[first + j]);
+        vf s1{}, s2{};
+        vectors(width, [&](int64_t i, int, auto part) { f(place + i, part, mean, s1, s2); });
+        a[j] = s1;
+        b[j] = s2;
+      }
+      const Tail several{std::min(kLanes, runs - first)};
+      store(to1 + first, each_sum(a), several);
+      store(to2 + first, each_sum(b), several);
+    }
+  }
+
+  // Write the runs: f(j) is a function of place and part for the run j.
+  template <class F>
+  NORMZOO_INLINE void each_run(T* to, bool stream, int64_t place, int64_t runs, F f) {
+    const int64_t width = plan.width;
+    for (int64_t j = 0; j < runs; ++j, place += width) {
+      const auto value = f(j);
+      Out<T>(to + place, stream).each(width, [&](int64_t i, auto part) { return value(place + i, part); });
+    }
+  }
+
+  // From the sums of runs to those of statistics.
+  void gather(int field, int64_t statistics) {
+    if (together == 1) return;
+    float* sums = at(field);
+    for (int64_t g = 0; g < statistics; ++g) {
+      vf total{};
+      vectors(together, [&](int64_t i, int, auto part) { total += load(sums + g * together + i, part); });
+      sums[g] = sum(total);
+    }
+  }
+
+  // And back, from what belongs to statistics to the same for each run.
+  void spread(int field, int64_t statistics) {
+    if (together == 1) return;
+    float* values = at(field);
+    for (int64_t g = statistics; g-- > 0;) std::fill_n(values + g * together, together, values[g]);
+  }
+
+  void standardize(const Forward<T>& args, int64_t place, int64_t c, int64_t k, int64_t statistics) {
+    const int64_t runs = statistics * together;
+    const float share = 1 / (float)plan.count;
+    float *mean = args.mean + k, *var = args.var + k;
+    for (int64_t g = 0; g < statistics; ++g)
+      mean[g] = args.centred ? (float)args.x[place + g * together * plan.width] : 0;
+    for (bool far = true, again = false; far; again = true) {
+      std::copy_n(mean, statistics, at(kMean));
+      spread(kMean, statistics);
+      sum_runs(place, runs, [x = args.x](int64_t i, auto part, vf shift, vf& s1, vf& s2) {
+        const vf v = only(load(x + i, part) - shift, part);
+        s1 += v;
+        s2 += v * v;
+      });
+      gather(kFirst, statistics);
+      gather(kSecond, statistics);
+      vi out_of_reach{};
+      vectors(statistics, [&](int64_t i, int, auto part) {
+        const vf off = args.centred ? load(at(kFirst) + i, part) * share : vf{};
+        const vf v = load(at(kSecond) + i, part) * share - off * off, found = v < 0 ? vf{} : v;
+        out_of_reach |= (vi)only((vf)(off * off > (float)kFar * (found + (float)args.eps)), part);
+        store(mean + i, load(mean + i, part) + off, part);
+        store(var + i, found, part);
+        store(at(kP) + i, 1 / root(found + (float)args.eps), part);
+      });
+      far = !again && sum(out_of_reach ? splat(1) : vf{}) > 0;
+    }
+    std::copy_n(mean, statistics, at(kMean));
+    spread(kMean, statistics);
+    spread(kP, statistics);
+    vectors(runs, [&](int64_t i, int, auto part) {
+      store(at(kP) + i, load(at(kP) + i, part) * load(args.weight + c + i, part), part);
+    });
+    const float *means = at(kMean), *scales = at(kP), *bias = args.bias + c;
+    each_run(args.y, args.stream, place, runs, [=, x = args.x](int64_t j) {
+      const vf shift = splat(means[j]), scale = splat(scales[j]), add = splat(bias[j]);
+      return [=](int64_t i, auto part) { return (load(x + i, part) - shift) * scale + add; };
+    });
+  }
+
+  void differentiate(const Backward<T>& args, int64_t place, int64_t c, int64_t k, int64_t statistics) {
+    const int64_t runs = statistics * together;
+    std::copy_n(args.mean + k, statistics, at(kMean));
+    spread(kMean, statistics);
+    vectors(statistics, [&](int64_t i, int, auto part) {
+      store(at(kP) + i, 1 / root(load(args.var + k + i, part) + (float)args.eps), part);
+    });
+    std::copy_n(at(kP), statistics, at(kR));
+    spread(kP, statistics);
+    sum_runs(place, runs, [x = args.x, dy = args.dy](int64_t i, auto part, vf mean, vf& s1, vf& s2) {
+      const vf g = load(dy + i, part);
+      s1 += g;
+      s2 += g * (load(x + i, part) - mean);
+    });
+    float *to_weight = args.shares->weight() + c, *to_bias = args.shares->bias() + c;
+    vectors(runs, [&](int64_t i, int, auto part) {
+      const vf s1 = load(at(kFirst) + i, part), s2 = load(at(kSecond) + i, part), scale = load(at(kP) + i, part);
+      const vf weight = load(args.weight + c + i, part);
+      store(to_weight + i, load(to_weight + i, part) + s2 * scale, part);
+      store(to_bias + i, load(to_bias + i, part) + s1, part);
+      store(at(kFirst) + i, s1 * weight, part);
+      store(at(kSecond) + i, s2 * weight, part);
+      store(at(kP) + i, scale * weight, part);
+    });
+    gather(kFirst, statistics);
+    gather(kSecond, statistics);
+    const float share = args.constant ? 0 : 1 / (float)plan.count;
+    vectors(statistics, [&](int64_t i, int, auto part) {
+      const vf scale = load(at(kR) + i, part), ratio = scale * share;
+      store(at(kQ) + i, -(load(at(kSecond) + i, part) * scale) * ratio * scale, part);
+      store(at(kR) + i, args.centred ? -ratio * load(at(kFirst) + i, part) : vf{}, part);
+    });
+    spread(kQ, statistics);
+    spread(kR, statistics);
+    const float *means = at(kMean), *ps = at(kP), *qs = at(kQ), *rs = at(kR);
+    each_run(args.dx, args.stream, place, runs, [=, x = args.x, dy = args.dy](int64_t j) {
+      const vf mean = splat(means[j]), p = splat(ps[j]), q = splat(qs[j]), r = splat(rs[j]);
+      return [=](int64_t i, auto part) { return load(dy + i, part) * p + ((load(x + i, part) - mean) * q + r); };
+    });
   }
 };
 
@@ -1234,6 +1406,8 @@ void forward(const Plan& plan, const Forward<T>& args) {
   const Do what = args.known ? Do::apply : args.what;
   if (plan.family == Family::rows) {
     drive_rows<RowsForward<T>>(plan, args);
+  } else if (!kMask && what == Do::all && !args.floor && ShortRuns<T>::serve(plan)) {
+    ShortRuns<T>::each(plan, [&](auto& work, auto... which) { work.standardize(args, which...); });
   } else if (plan.family == Family::runs) {
     RunsForward<T, kMask> work{plan, args};
     drive_runs(work, plan, what);
@@ -1251,6 +1425,8 @@ void backward(const Plan& plan, const Backward<T>& args) {
   const int64_t elements = plan.count * plan.statistics();
   if (plan.family == Family::rows) {
     drive_rows<RowsBackward<T>>(plan, args);
+  } else if (!kMask && !kLimited && args.what == Do::all && ShortRuns<T>::serve(plan)) {
+    ShortRuns<T>::each(plan, [&](auto& work, auto... which) { work.differentiate(args, which...); });
   } else if (plan.family == Family::runs) {
     RunsBackward<T, kMask, kLimited> work{plan, args};
     drive_runs(work, plan, args.what);

@@ -84,6 +84,20 @@ struct Plan {
   int64_t count = 1;             // elements of one statistic
   c10::SmallVector<int64_t, 8> shape;  // of the statistics, in the order of the memory
 
+  // How many adjacent runs make one statistic, each in the channel after that of the one before: 0 where it isn't so.
+  int64_t adjacent() const {
+    if (family != Family::runs) return 0;
+    int64_t runs = 1;
+    if (reduced.size() > 1) {
+      const auto& [size, stride] = reduced.steps.back();
+      if (reduced.steps.size() > 1 || stride.memory != width || stride.channel != 1) return 0;
+      runs = size;
+    }
+    if (runs == channels) return runs;
+    const auto& last = kept.steps.back();
+    return last.stride.memory == runs * width && last.stride.channel == runs && last.size * runs == channels ? runs : 0;
+  }
+
   int64_t statistics() const { return kept.size() * (family == Family::runs ? 1 : groups); }
 };
 

@@ -212,6 +212,39 @@ NORMZOO_INLINE vf tree(const vf (&v)[kMany]) {
   return tree<kMany>(static_cast<const vf*>(v));
 }
 
+// Call f(i) for i < kMany, each a constant.
+template <int kMany, class F>
+NORMZOO_INLINE void unrolled(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kMany>{});
+}
+
+// One lane of a or b after the other, those of b counted on from those of a: which(i) is taken for the lane i.
+template <class Which, int... i>
+NORMZOO_INLINE vf lanes(vf a, vf b, Which which, std::integer_sequence<int, i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, which(i)...);
+#else
+  return __builtin_shuffle(a, b, vi{which(i)...});
+#endif
+}
+
+// The sums of as many vectors as one has lanes, the sum of each in its lane; overwrites them.
+template <int kHalf = kLanes / 2>
+NORMZOO_INLINE vf each_sum(vf* v) {
+  if constexpr (kHalf == 0) {
+    return v[0];
+  } else {
+    constexpr auto all = std::make_integer_sequence<int, kLanes>{};
+    constexpr auto first = [](int i) { return i & kHalf ? i - kHalf + (int)kLanes : i; };
+    constexpr auto second = [](int i) { return i & kHalf ? i + (int)kLanes : i + kHalf; };
+    for (int i = 0; i < kHalf; ++i)
+      v[i] = lanes(v[i], v[i + kHalf], first, all) + lanes(v[i], v[i + kHalf], second, all);
+    return each_sum<kHalf / 2>(v);
+  }
+}
+
 NORMZOO_INLINE vf root(vf v) {
 #ifdef __AVX512F__
   return (vf)_mm512_sqrt_ps((__m512)v);
@@ -219,14 +252,6 @@ NORMZOO_INLINE vf root(vf v) {
   for (int64_t i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 #endif
-}
-
-// Call f(i) for i < kMany, each a constant.
-template <int kMany, class F>
-NORMZOO_INLINE void unrolled(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (f(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, kMany>{});
 }
 
 // Call f(i, j, part) for every vector of n elements: i is its first element, j < 4 names an accumulator.
