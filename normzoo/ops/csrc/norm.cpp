@@ -3,7 +3,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include "families.h"
@@ -273,63 +274,61 @@ Tensor gradient(const Tensor& dy, const Tensor& x, const Maybe& weight, const Ma
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
-// What has no gradient. The function keeps a record of every tensor that it sees, so it sees none of these.
-struct Rest {
-  const Maybe &mask, &mean, &var, &running_mean, &running_var, &batches;
-  c10::IntArrayRef axes;
-  int64_t channel_dim;
-  bool centred;
-  double eps;
-  bool constant;
-  double momentum;
-  Tensor means, vars, number;  // results
-};
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using GradientFunction = decltype(torch::autograd::Edge::function);
 
-struct Node : torch::autograd::Function<Node> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Maybe& weight, const Maybe& bias,
-                        const Maybe& floor, Rest& rest) {
-    static const auto op = find<Standardize>("normzoo::standardize");
-    at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y;
-    std::tie(y, rest.means, rest.vars, rest.number) =
-        op.call(x, weight, bias, floor, rest.mask, rest.mean, rest.var, rest.running_mean, rest.running_var,
-                rest.batches, rest.axes, rest.channel_dim, rest.centred, rest.eps, rest.constant, rest.momentum);
-    const bool known = rest.mean && rest.mean->defined();
-    const auto plain = [](const Maybe& t) { return t ? *t : Tensor(); };
-    ctx->save_for_backward({x, plain(weight), plain(bias), plain(floor), plain(rest.mask),
-                            known ? *rest.mean : rest.means, known ? *rest.var : rest.vars, rest.number});
-    ctx->saved_data["options"] =
-        c10::IValue(std::make_tuple(rest.axes.vec(), rest.channel_dim, rest.centred, rest.eps, rest.constant));
-    ctx->set_materialize_grads(false);
-    return y;
+// Written out: torch::autograd::Function takes as long again as a small norm does.
+struct Differentiate : torch::autograd::Node {
+  SavedVariable x, weight, bias, floor, mask, mean, var, number;
+  c10::SmallVector<int64_t, 24> axes;
+  int64_t channel_dim;
+  bool centred, constant;
+  double eps;
+
+  template <class Pointer>
+  static Pointer make() {
+    if constexpr (std::is_same_v<Pointer, c10::intrusive_ptr<torch::autograd::Node>>)
+      return c10::make_intrusive<Differentiate>();
+    else  // before torch 2.13
+      return Pointer(new Differentiate, [](auto* node) { deleteNode(node); });
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list grads) {
-    torch::autograd::variable_list out(5);  // one for each argument of the forward pass
+  std::string name() const override { return "normzoo::standardize"; }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    variable_list out(num_outputs());
     if (!grads[0].defined()) return out;
     static const auto op = find<StandardizeBackward>("normzoo::standardize_backward");
-    const auto saved = ctx->get_saved_variables();
-    const auto options = ctx->saved_data["options"].toTupleRef().elements();
-    const auto axes = options[0].toIntVector();
-    const auto maybe = [](const Tensor& t) { return t.defined() ? Maybe(t) : Maybe(); };
-    const auto call = [&] {
-      auto [dx, dweight, dbias, dfloor] =
-          op.call(grads[0], saved[0], maybe(saved[1]), maybe(saved[2]), maybe(saved[3]), maybe(saved[4]), saved[5],
-                  saved[6], maybe(saved[7]), axes, options[1].toInt(), options[2].toBool(), options[3].toDouble(),
-                  options[4].toBool());
-      out[0] = dx;
-      if (saved[1].defined()) out[1] = dweight;
-      if (saved[2].defined()) out[2] = dbias;
-      if (saved[3].defined()) out[3] = dfloor;
+    const auto maybe = [](const SavedVariable& saved) {
+      Tensor t = saved.unpack();
+      return t.defined() ? Maybe(std::move(t)) : Maybe();
     };
-    if (at::GradMode::is_enabled()) {
-      call();  // its own gradient is that of the formula
-    } else {
-      at::AutoDispatchBelowADInplaceOrView guard;
-      call();
-    }
+    // a checkpoint computes the forward pass again when the first of these is asked for
+    const Tensor input = x.unpack(), means = mean.unpack(), vars = var.unpack();
+    const Maybe gain = maybe(weight), shift = maybe(bias), limit = maybe(floor), real = maybe(mask), count = maybe(number);
+    const auto found = [&] {
+      std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+      if (!at::GradMode::is_enabled()) guard.emplace();  // otherwise its own gradient is that of the formula
+      return op.call(grads[0], input, gain, shift, limit, real, means, vars, count, axes, channel_dim, centred, eps,
+                     constant);
+    }();
+    size_t i = 0;
+    const auto put = [&](const Tensor& gradient) {
+      if (task_should_compute_output(i)) out[i] = gradient;
+      ++i;
+    };
+    put(std::get<0>(found));
+    put(std::get<1>(found));
+    put(std::get<2>(found));
+    put(std::get<3>(found));
     return out;
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&x, &weight, &bias, &floor, &mask, &mean, &var, &number}) saved->reset_data();
   }
 };
 
@@ -337,10 +336,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> standardize_autograd(
     const Tensor& x, const Maybe& weight, const Maybe& bias, const Maybe& floor, const Maybe& mask, const Maybe& mean,
     const Maybe& var, const Maybe& running_mean, const Maybe& running_var, const Maybe& batches, c10::IntArrayRef axes,
     int64_t channel_dim, bool centred, double eps, bool constant, double momentum) {
-  Rest rest{mask, mean,        var,     running_mean, running_var, batches,
-            axes, channel_dim, centred, eps,          constant,    momentum, {}, {}, {}};
-  const Tensor y = Node::apply(x, weight, bias, floor, rest);
-  return {y, rest.means, rest.vars, rest.number};
+  static const auto op = find<Standardize>("normzoo::standardize");
+  auto results = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(x, weight, bias, floor, mask, mean, var, running_mean, running_var, batches, axes, channel_dim,
+                   centred, eps, constant, momentum);
+  }();
+  if (!torch::autograd::compute_requires_grad(x, weight, bias, floor)) return results;
+  const auto& [y, means, vars, number] = results;
+  const GradientFunction function = Differentiate::make<GradientFunction>();
+  auto& node = static_cast<Differentiate&>(*function);
+  node.set_next_edges(torch::autograd::collect_next_edges(x, weight, bias, floor));
+  const auto keep = [](SavedVariable& to, const Maybe& t) {
+    if (t && t->defined()) to = SavedVariable(*t, false);
+  };
+  keep(node.x, x);
+  keep(node.weight, weight);
+  keep(node.bias, bias);
+  keep(node.floor, floor);
+  keep(node.mask, mask);
+  const bool known = mean && mean->defined();
+  keep(node.mean, known ? mean : means);
+  keep(node.var, known ? var : vars);
+  if (mask && mask->defined()) keep(node.number, number);
+  node.axes.assign(axes.begin(), axes.end());
+  node.channel_dim = channel_dim;
+  node.centred = centred;
+  node.constant = constant;
+  node.eps = eps;
+  torch::autograd::set_history(y, function);
+  return results;
 }
 
 }  // namespace
