@@ -19,6 +19,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathm
 html_theme = "furo"
 html_title = "normzoo"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 exclude_patterns = ["_build", "CONTRIBUTING.md"]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]

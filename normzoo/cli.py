@@ -364,7 +364,7 @@ def run(
     in_process:
         One training after the other in this process, for a debugger.
     dry_run:
-        Show what would be trained, and stop.
+        Show what would be trained and which models cannot be built, and stop.
     wandb:
         Mirror the runs to Weights & Biases: online when you are logged in, offline otherwise.
     """

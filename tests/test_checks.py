@@ -171,6 +171,24 @@ def test_what_is_inferred(norm, shares, in_evaluation, traits):
     assert not found.untold
 
 
+class Halo(nz.MomentNorm):
+    moments = "b (g c) s -> g"
+
+
+class Overridden(Halo):
+    def normalize(self, x, mask, channels_last):
+        return x / x.abs().amax((0, 1, 2), keepdim=True)
+
+
+def test_a_pattern_is_shown_as_its_author_stated_it():
+    for groups in (1, 2, 8):  # with 8 groups, or one, of 8 channels plainer patterns say the same
+        found = infer(functools.partial(Halo, groups=groups))
+        assert (found.shares, found.shares_in_evaluation) == ("b (g c) s -> g", "nothing")
+    assert infer("group_norm(groups=8)").shares_in_evaluation == "b (g c) s -> b g"
+    assert infer(functools.partial(nn.GroupNorm, 8)).shares == "b c s -> b c", "a plain module states none"
+    assert infer(functools.partial(Overridden, groups=8)).shares == "b c s ->", "what is stated is not believed"
+
+
 def test_what_is_no_pattern_is_described():
     assert infer(spec(mutants.Running)).shares == (
         "no single pattern; an element moves every other channel, some other position, some other channel and position"
@@ -247,11 +265,19 @@ def test_a_norm_can_say_what_it_fails():
     assert [(r.name, r.status) for r in report] == [("shapes", "passed"), ("gain_and_shift", "expected_failure")]
 
 
+class Misspelt(nn.Module):
+    def __init__(self, num_features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_featurs))  # noqa: F821
+
+
 def test_what_cannot_be_checked_is_said():
     with pytest.raises(nz.NormzooError, match="expected what makes one from a width: the class"):
         check_norm(nn.BatchNorm1d(4))  # pyright: ignore[reportArgumentType]
     with pytest.raises(nz.NormzooError, match=r"norm\(8\) raised ValueError"):
         check_norm(nn.Dropout)
+    with pytest.raises(nz.NormzooError, match=rf"raised NameError: .*\({re.escape(__file__)}, line \d+\)"):
+        check_norm(Misspelt)
     with pytest.raises(nz.NormzooError, match="did you mean 'batch_norm'"):
         check_norm("bach_norm")
     with pytest.raises(NotApplicable, match="undeclared"):

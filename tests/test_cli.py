@@ -170,6 +170,41 @@ def test_bench_fails_when_nothing_could_be_measured(capsys, tmp_path):
     assert "cannot be made from a width alone" in errors
 
 
+@pytest.mark.parametrize("found_by", ["us", "torch"])
+def test_bench_says_what_does_not_fit_and_keeps_what_it_has(capsys, tmp_path, monkeypatch, found_by):
+    from normzoo.bench import command
+
+    monkeypatch.setattr(command, "_memory", lambda device: {"us": 10**9, "torch": 10**18}[found_by])
+    rows = tmp_path / "rows.csv"
+    keep = ("--against", "torch.nn", "--rounds", "1", "--csv", str(rows))
+    code, out, errors = call(capsys, "bench", "layer_norm", *keep, "--shape", "6,8", "10000000,1000000")
+    assert code == 2
+    assert "10000000x1000000 channels-first float32 does not fit into memory" in errors
+    assert "tensors of 40,000,000,000,000 bytes (37,252.9 GiB)" in errors
+    assert "smaller --shape" in errors
+    assert "6x8 channels-first float32" in out
+    assert "layer_norm,torch.nn,6x8," in (before := rows.read_text())
+    for large in (["--shape", "1000000000000,1000000000000"], ["--shape", "10000000,10000000", "--accuracy"]):
+        code, _, errors = call(capsys, "bench", "layer_norm", *large, *keep)
+        assert (code, "does not fit into memory" in errors) == (2, True)
+    assert rows.read_text() == before, "nothing measured, nothing overwritten"
+    code, _, errors = call(capsys, "bench", "layer_norm", "--model", "gru", "--batch", "1", "--steps", "1000000000000")
+    assert code == 2
+    assert "gru, 1000000000000 steps, batch 1, 128 units, float32 does not fit into memory" in errors
+    assert "smaller --steps" in errors
+
+
+def test_a_norm_that_runs_into_an_error_of_its_own_is_no_lack_of_memory(tmp_path, monkeypatch):
+    from normzoo.bench import command
+
+    def fails(*_):
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(command, "measure_case", fails)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli.main(["bench", "layer_norm", "--shape", "6,8"])
+
+
 def test_kernels_build_says_that_it_takes_long(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
 
@@ -192,9 +227,30 @@ def test_a_run_interrupted_before_its_folder_exists(capsys, tmp_path, monkeypatc
 
     summary = normzoo.study.Summary(tmp_path / "runs" / "early", 0, 0, 0, 1, 0, 0.0, signal.SIGINT)
     monkeypatch.setattr(normzoo.study, "run_study", lambda *_, **__: summary)
-    code, out, errors = call(capsys, "run", "--norms", "batch_norm", "--models", "mlp", "--in-process")
-    assert (code, out) == (130, "")
+    command = ("run", "--norms", "group_norm(groups=2)", "--models", "mlp", "--in-process")
+    monkeypatch.setattr(sys, "argv", ["bin/normzoo", *command])
+    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    code, out, errors = call(capsys, *command)
+    assert (code, out) == (130, "  bin/normzoo run --norms 'group_norm(groups=2)' --models mlp --in-process\n")
     assert "no study folder" not in errors
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupted_run_says_how_to_go_on_and_no_more(tmp_path):
+    options = ("--norms", "batch_norm", "rms_norm", "--models", "mlp", "--seeds", "50", "--no-wandb", "--workers", "1")
+    command = [sys.executable, "-m", "normzoo.cli", "run", *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = iter(process.stdout.readline, "")
+        assert next(line for line in said if line.startswith("[  1/100]"))
+        process.send_signal(signal.SIGINT)
+        rest = [line.rstrip("\n") for line in said if not line.startswith("[")]
+    assert process.returncode == 130
+    done = len(list(tmp_path.glob("runs/command-line/cells/*/result.json")))
+    kept = f"interrupted: {done} of 100 cells are done, and kept in {tmp_path / 'runs' / 'command-line'}"
+    assert rest[0] == f"{kept}; to go on, run it again"
+    assert rest[1].endswith(" run " + " ".join(options))
+    assert len(rest) == 2
 
 
 def test_kernels_status_says_how_they_stand(capsys, monkeypatch):
@@ -202,6 +258,40 @@ def test_kernels_status_says_how_they_stand(capsys, monkeypatch):
     code, out, _ = call(capsys, "kernels", "status")
     assert code == 0
     assert out.startswith("off: NORMZOO_KERNELS=0")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import torch\n\nclass Norm(torch.nn.Module)\n    pass\n", "line 3 raised SyntaxError: expected ':'"),
+        ("import torch\n\ntorch.no_such_thing\n", "line 3 raised AttributeError: module 'torch' has no attribute"),
+    ],
+)
+@pytest.mark.parametrize("verb", [("check",), ("show",), ("bench",), ("run", "--models", "mlp", "--norms")])
+def test_a_broken_file_is_answered_by_its_own_lines(capsys, tmp_path, verb, text, told):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    code, _, errors = call(capsys, *verb, f"{file}:Norm")
+    assert code == 2
+    assert f"{file}, {told}" in errors
+    assert text.splitlines()[2] in errors
+    for foreign in ("Traceback", "cyclopts", "importlib", str(REPOSITORY)):
+        assert foreign not in errors
+
+
+def test_a_dry_run_says_what_cannot_be_built(capsys):
+    command = ("run", "--dry-run", "--seeds", "2", "--models", "mlp", "transformer", "--norms")
+    code, out, errors = call(capsys, *command, "batch_norm", "group_norm(groups=7)")
+    assert code == 1
+    assert len(out.splitlines()) == 8
+    assert "4 cells will fail, as the model cannot be built" in errors
+    assert "digits/transformer with group_norm(groups=7): groups=7 does not divide 48 channels" in errors
+    code, out, errors = call(capsys, *command, "batch_norm", "group_norm(groups=4)")
+    assert (code, len(out.splitlines()), errors) == (0, 8, "")
+    refused = ("run", "--dry-run", "--data", "text", "--models", "transformer", "--norms", "instance_norm")
+    code, out, errors = call(capsys, *refused)
+    assert (code, out) == (2, "")
+    assert "predicts the next symbol" in errors
 
 
 def test_a_study_file_that_raises_names_the_line(capsys, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_the_table_is_the_registrys():
     assert set(written) <= set(readme.table().splitlines())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/register.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/register.md"])
 def test_the_python_runs(page, tmp_path):
     """Every block that names a file is written to it; all run, one after the other, in its folder."""
     found = blocks("python", (REPOSITORY / page).read_text(encoding="utf-8"))
@@ -48,6 +49,33 @@ def test_the_python_runs(page, tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_first_page_says_how_to_begin_and_where_to_go():
+    """It takes the README's words; what it asks for is there, and pages that it names exist."""
+    page = (REPOSITORY / "docs" / "index.md").read_text(encoding="utf-8")
+    taken = ""
+    for options in re.findall(r"```{include} ../README.md\n(.*?)```", page, re.DOTALL):
+        marks = dict(re.findall(r'^:(start-after|end-before): "(.*)"$', options, re.MULTILINE))
+        assert all(TEXT.count(mark) == 1 for mark in marks.values()), marks
+        part = TEXT.partition(marks["start-after"])[2] if "start-after" in marks else TEXT
+        taken += part.partition(marks["end-before"])[0]
+    for wanted in ("# normzoo\n", "$ make demo", "$ normzoo run experiments/quickstart.py", "nz.create("):
+        assert wanted in taken
+    assert "](" not in taken, "links of the README lead nowhere from here"
+    generated = {"norms/index", "norms/checks", "norms/weights"}
+    named = set(re.findall(r"{doc}`([^`]+)`", page))
+    assert named >= generated | {"register", "speed"}
+    for name in named - generated:
+        assert (REPOSITORY / "docs" / f"{name}.md").exists(), name
+
+
+def test_formulas_do_not_scroll_down():
+    """Furo's box of a formula scrolls in both directions unless a style of ours, which is in use, says otherwise."""
+    settings = runpy.run_path(str(REPOSITORY / "docs" / "conf.py"))
+    (folder,) = settings["html_static_path"]
+    style = "".join((REPOSITORY / "docs" / folder / file).read_text() for file in settings["html_css_files"])
+    assert re.search(r"\.math-wrapper {[^}]*overflow-y: hidden;", style)
 
 
 def test_the_kept_results_of_the_checks_are_of_norms_that_pass():

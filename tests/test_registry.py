@@ -7,6 +7,7 @@ import importlib.metadata
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,10 +129,43 @@ def test_files(user_file, monkeypatch):
     assert type(nz.create("my_file.py:PeakNorm", 4).module) is type(norm.module)  # one file is one module
     with pytest.raises(nz.NormzooError, match="did you mean 'PeakNorm'"):
         nz.create("my_file.py:PeekNorm", 4)
-    broken = user_file.with_name("broken.py")
-    broken.write_text("1 / 0")
-    with pytest.raises(ZeroDivisionError):
-        nz.create(f"{broken}:Norm", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\ndef f(:\n    pass", "{file}, line 2 raised SyntaxError: invalid syntax\n    def f(:\n          ^"),
+        ("import torch_\n", "{file}, line 1 raised ModuleNotFoundError: No module named 'torch_'\n"),
+        ("import sys\n\nsys.exit('no')", "{file}, line 3 raised SystemExit: no\n"),
+        ("import unfinished", "{folder}/unfinished.py, line 1 raised SyntaxError: '(' was never closed\n    x = (\n"),
+        ("import normzoo as nz\nnz.create('bach_norm', 4)", "{file}, line 2: unknown norm 'bach_norm'"),
+        ("eval('1 +')", "{file}, line 1 raised SyntaxError: "),
+        ("\0", "{file} raised SyntaxError: source code string cannot contain null bytes"),
+    ],
+)
+def test_a_file_that_raises_shows_its_own_lines_alone(tmp_path, text, told):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    (tmp_path / "unfinished.py").write_text("x = (\n")
+    for _ in range(2):  # nothing of it stays behind
+        with pytest.raises(nz.NormzooError) as error:
+            nz.create(f"{file}:Norm", 4)
+        assert str(error.value).startswith(told.format(file=file, folder=tmp_path))
+        assert str(Path(registry.__file__).parent) not in str(error.value)
+        assert "importlib" not in str(error.value)
+    assert not [name for name in sys.modules if name.startswith("normzoo_file_broken")]
+
+
+def test_of_what_a_file_calls_its_neighbours_are_shown(tmp_path, monkeypatch):
+    (tmp_path / "helper_of_a_norm.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear('a', 3)\n")
+    (tmp_path / "calls_it.py").write_text("import helper_of_a_norm\n\nhelper_of_a_norm.make()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for spec in (f"{tmp_path / 'calls_it.py'}:Norm", "calls_it:Norm"):
+        with pytest.raises(nz.NormzooError, match="line 4 raised TypeError") as error:
+            nz.create(spec, 4)
+        files = [line.split('"')[1] for line in str(error.value).splitlines() if line.startswith("  File")]
+        assert files == [str(tmp_path / "calls_it.py"), str(tmp_path / "helper_of_a_norm.py")]
+        assert "nn.Linear('a', 3)" in str(error.value)
 
 
 def test_canonical_names_are_found_by_another_process(user_file):

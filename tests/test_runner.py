@@ -269,6 +269,20 @@ def test_refused_norms_are_listed_before_anything_runs(tmp_path):
     assert not (tmp_path / "lm" / store.STUDY).exists()
 
 
+@pytest.mark.parametrize("in_process", [False, True])
+def test_models_that_cannot_be_built_are_said_before_anything_runs(tmp_path, capfd, in_process):
+    study = tiny(norms=["group_norm(groups=7)", "rms_norm"])
+    summary = run(study, tmp_path, in_process=in_process, progress=True)
+    assert (summary.done, summary.failed, summary.exit_code) == (2, 2, 1)
+    out = capfd.readouterr().out
+    said = "2 cells will fail, as the model cannot be built:\n- digits/mlp with group_norm(groups=7): groups=7 does not"
+    assert 0 < out.index(said) < out.index("seed 0")
+    failed = [row["error"]["type"] for row in rows_of(summary.directory).values() if row["status"] == "failed"]
+    assert failed == ["OptionError"] * 2
+    run(study, tmp_path, in_process=in_process, progress=True)
+    assert "will fail" not in capfd.readouterr().out, "they have their rows"
+
+
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NormzooError, match=r"cannot write results to .*file/tiny: Not a directory"):

@@ -16,12 +16,12 @@ from rich.console import Console
 from torch import nn
 
 import normzoo as nz
-from normzoo import registry
+from normzoo import registry, tasks
 from normzoo.errors import NormzooError
 from normzoo.study import Cell, Study, grid, load_study_file, store
 from normzoo.study.progress import Progress, best_so_far
 from normzoo.study.runner import Summary
-from normzoo.study.spec import flatten
+from normzoo.study.spec import flatten, foresee
 
 NORMS = ["batch_norm", "group_norm(groups=2)", "rms_norm"]
 
@@ -222,6 +222,24 @@ def own_registry(monkeypatch):
 def write(path: Path, text: str) -> Path:
     path.write_text(textwrap.dedent(text))
     return path
+
+
+def test_what_will_fail_is_foreseen_once_for_each_combination(monkeypatch):
+    built = []
+    check = tasks.check_compatible
+    monkeypatch.setattr(tasks, "check_compatible", lambda *what: (built.append(what[:2]), check(*what)))
+    cells = study(
+        norms=["group_norm(groups=7)", "group_norm(groups=8)"],
+        tasks=["digits/transformer"],
+        settings=grid(lr=[0.1, 0.2], width=[48, 56]),
+        seeds=range(3),
+    ).cells()
+    outlook = foresee(cells)
+    assert len(built) == 4, "neither the seed nor the learning rate makes another model"
+    assert (len(cells), outlook.failing) == (24, 6)
+    assert str(outlook).startswith("6 cells will fail, as the model cannot be built:\n- digits/transformer with group_")
+    outlook.check()  # which is no reason not to run the others
+    assert (str(foresee(study().cells())), foresee(study().cells()).failing) == ("", 0)
 
 
 @pytest.mark.usefixtures("own_registry")

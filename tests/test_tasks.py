@@ -32,6 +32,7 @@ from normzoo.tasks import (
     RegressionTask,
     Setting,
     TrainingTask,
+    Unbuildable,
     build,
     check_compatible,
     list_tasks,
@@ -660,6 +661,26 @@ def test_inside_a_recurrence_there_is_no_later_position():
 def test_tasks_that_read_everything_take_every_norm():
     for norm in NORMS:
         check_compatible("digits/transformer", norm)
+
+
+class Leaves(nn.Module):
+    def __init__(self, num_features: int) -> None:
+        raise SystemExit(f"not for {num_features}")
+
+
+@pytest.mark.parametrize(
+    ("task", "norm", "reason"),
+    [
+        ("digits/cnn", "group_norm(groups=7)", r"group_norm\(groups=7\): groups=7 does not divide 32 channels"),
+        ("text/lstm", "group_norm(groups=7)", ".*: groups=7 does not divide 256 channels"),
+        ("digits/selu_mlp", "batch_norm", "batch_norm: SELUMLP has no norms"),
+        ("digits/cnn", Leaves, "Leaves: SystemExit: not for 32"),
+        ("digits/cnn", {"*": "batch_norm", "nowhere": "none"}, "{'.*nowhere.*}: unknown site"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_told_from_a_refusal(task: str, norm: Any, reason: str):
+    with pytest.raises(Unbuildable, match=f"^{task} with {reason}"):
+        check_compatible(task, norm)
 
 
 def test_looking_whether_a_model_looks_ahead_changes_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def run_bench_command(
     errors: list[Errors] = []
     try:
         for case in cases:
-            with _enough_memory(str(case), case.tensor_bytes, "give a smaller --shape, or a --dtype of fewer bytes"):
+            with _enough_memory(str(case), case, "give a smaller --shape, or a --dtype of fewer bytes"):
                 if accuracy:
                     errors += (wrong := measure_accuracy(case, subjects, rivals))
                     print_errors(console, case, wrong)
@@ -96,7 +97,7 @@ def run_recurrent_command(
     console = _begin(recurrent.device, effort, ())
     title = f"{recurrent.model}, {recurrent.steps} steps, batch {recurrent.batch}, {recurrent.hidden} units"
     title = f"{title}, {recurrent.dtype}"
-    with _enough_memory(title, recurrent.case.tensor_bytes, "give smaller --steps, --batch or --hidden"):
+    with _enough_memory(title, recurrent.case, "give smaller --steps, --batch or --hidden"):
         rows = measure_recurrent(recurrent, norms, direction=direction, effort=effort)
     print_rows(console, title, rows)
     _write(rows, csv, None, console)
@@ -146,21 +147,32 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
 
 
 @contextmanager
-def _enough_memory(what: str, tensor_bytes: int, mend: str) -> Iterator[None]:
-    """Say what did not fit, and how large it is, where torch cannot allocate it."""
+def _enough_memory(what: str, case: Case, mend: str) -> Iterator[None]:
+    """Say what does not fit, and how large it is, before the system ends the process for it, or when torch says so."""
+    size, room = case.tensor_bytes, _memory(case.device)
     try:
-        if tensor_bytes >= 2**63:  # more than torch can count
+        if 4 * size > room:  # the input, the output, and the gradient of each
             raise MemoryError
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         refused = re.search(r"allocate (\d+) bytes", str(error))
-        size = int(refused[1]) if refused else tensor_bytes
+        size = int(refused[1]) if refused else size
         raise NormzooError(
-            f"{what} does not fit into memory: there was no room for a tensor of {size:,} bytes "
-            f"({size / 2**30:,.1f} GiB), and measuring takes several; {mend}"
+            f"{what} does not fit into memory: it needs several tensors of {size:,} bytes ({size / 2**30:,.1f} GiB), "
+            f"and there are {room / 2**30:,.1f} GiB; {mend}"
         ) from error
+
+
+def _memory(device: str) -> int:
+    """How many bytes there are in all; where the system does not tell, what a size can count."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63 - 1
 
 
 def _need_folder(path: Path | None, option: str) -> None:
