@@ -340,6 +340,19 @@ def test_results_that_go_past_the_caches(text):
         torch.testing.assert_close(got.gradients[1], expected.gradients[1], rtol=1e-3, atol=1e-1)
 
 
+@pytest.mark.parametrize("groups", [15, 30, 60])
+def test_small_groups_that_go_past_the_caches(groups):
+    """Rows of 120 channels, of which every second begins amid a line of the cache."""
+    x, dy = data(70_000, 120), torch.randn(70_000, 120)
+    assert x.nbytes >= 32 << 20
+    arguments = (x, "b (g c) s -> b g", {"g": groups}, dy, torch.randn(120), torch.randn(120))
+    got = answer(*arguments)
+    with ops.backend("reference"):
+        expected = answer(*arguments)
+    torch.testing.assert_close(got.y, expected.y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.gradients[0], expected.gradients[0], rtol=1e-3, atol=1e-3)
+
+
 # ---- given statistics and rescaling ----------------------------------------------------------------------------------
 
 
@@ -410,10 +423,12 @@ def test_a_first_element_far_away(text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("length", [2, 7, 8, 15, 16, 17, 32, 48, 64, 65, 128, 130, 300])
+@pytest.mark.parametrize("length", [2, 4, 6, 7, 8, 15, 16, 17, 32, 48, 64, 65, 128, 130, 300])
 def test_rows_of_any_length(length, dtype):
     """Short rows stay in registers, and are read again where the first element is far from the mean."""
-    for text, options in (("b c s -> b s", {}), ("b (g c) s -> b g s", {"g": 3})):
+    for text, options in (
+        ("b c s -> b s", {}), ("b (g c) s -> b g s", {"g": 3}), ("b (g c) s -> b g s", {"g": 16}),
+    ):  # fmt: skip
         x = data(5, 7, length * options.get("g", 1), dtype=dtype)
         agree(x, text, options, channels_last=BSC)
         agree(x, text, options, channels_last=BSC, centred=False, affine=False)

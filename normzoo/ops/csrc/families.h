@@ -601,6 +601,12 @@ struct Row {
   int64_t at, channel, which;
 };
 
+// What belongs to the channels of rows of kVectors vectors, and stays in registers from row to row; 0 is nothing.
+template <int kVectors>
+struct OfChannels {
+  vf weight[std::max(kVectors, 1)], bias[std::max(kVectors, 1)];  // backward: the gradients
+};
+
 // What a thread does with its share of the rows, which lie one after the other. Those of kVectors vectors stay in
 // registers, and where they are of the same channels what belongs to these does too; 0 stands for any length.
 template <class Work, int kVectors, bool kAlike, class Part, class Args>
@@ -635,9 +641,31 @@ void drive_held(const Plan& plan, const Args& args, Part part) {
                    : drive_rows<Work, kVectors, false>(plan, args, part);
 }
 
+// Groups of kEach channels, as many of them at a time as a vector holds.
+template <class Work, int kEach, class Args>
+void drive_groups(const Plan& plan, const Args& args) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width);
+  at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
+    Work work(plan, args);
+    while (from < to) {
+      const int64_t end = std::min(from + kRows, to);
+      for (; from < end; ++from)
+        vectors(plan.width, [&](int64_t i, int, auto part) {
+          work.template several<kEach>({from * plan.width + i, i, from * plan.groups + i / kEach}, part);
+        });
+      work.join(OfChannels<0>(), Full{});
+    }
+  });
+}
+
 template <class Work, class Args>
 void drive_rows(const Plan& plan, const Args& args) {
   const int64_t n = plan.width / plan.groups;
+  if (!args.mask && Work::plain(args)) {
+    if (n == 2) return drive_groups<Work, 2>(plan, args);
+    if (n == 4) return drive_groups<Work, 4>(plan, args);
+    if (n == 8 && kLanes > 8) return drive_groups<Work, 8>(plan, args);
+  }
   if (n < kLanes) return drive_held<Work, 1>(plan, args, Tail{n});
   switch (n % kLanes ? 0 : n / kLanes) {
     case 1: return drive_held<Work, 1>(plan, args, Full{});
@@ -647,12 +675,6 @@ void drive_rows(const Plan& plan, const Args& args) {
     default: return drive_rows<Work, 0, false>(plan, args, Full{});
   }
 }
-
-// What belongs to the channels of rows of kVectors vectors, and stays in registers from row to row; 0 is nothing.
-template <int kVectors>
-struct OfChannels {
-  vf weight[std::max(kVectors, 1)], bias[std::max(kVectors, 1)];  // backward: the gradients
-};
 
 template <class T>
 struct RowsForward {
@@ -720,6 +742,19 @@ struct RowsForward {
       else
         out.put(i * kLanes, z * load(weight + i * kLanes, part) + load(bias + i * kLanes, part), part);
     });
+  }
+
+  static bool plain(const Forward<T>& args) { return !args.known && args.what == Do::all; }
+
+  // The first of several statistics of kEach channels, which a vector holds.
+  template <int kEach, class Part>
+  NORMZOO_INLINE void several(const Row& row, Part part) const {
+    const vf x = load(args.x + row.at, part), mean = args.centred ? sum_together<kEach>(x) * share : vf{};
+    const vf off = x - mean, var = sum_together<kEach>(off * off) * share;
+    store_of_each<kEach>(args.mean + row.which, mean, part);
+    store_of_each<kEach>(args.var + row.which, var, part);
+    const vf weight = load(args.weight + row.channel, part), bias = load(args.bias + row.channel, part);
+    Out<T>(args.y + row.at, args.stream).put(0, off / root(var + eps) * weight + bias, part);
   }
 
   void read(const Row& row) const {
@@ -828,6 +863,20 @@ struct RowsBackward {
     const vf vp = splat(p), vq = splat(q), vr = splat(r);
     const Out<T> out(args.dx + row.at, args.stream);
     unrolled<kVectors>([&](auto i) { out.put(i * kLanes, d[i] * vp + (off[i] * vq + vr), part); });
+  }
+
+  static bool plain(const Backward<T>& args) { return args.what == Do::all; }
+
+  template <int kEach, class Part>
+  NORMZOO_INLINE void several(const Row& row, Part part) {
+    const vf g = load(args.dy + row.at, part), d = g * load(args.weight + row.channel, part);
+    const vf off = load(args.x + row.at, part) - load_for_each<kEach>(args.mean + row.which, part);
+    const vf scale = 1 / root(load_for_each<kEach>(args.var + row.which, part) + eps);
+    count(row.channel, g, g * off, scale, part);
+    const vf ratio = args.constant ? vf{} : scale * share;
+    const vf q = -(sum_together<kEach>(d * off) * scale) * ratio * scale;
+    const vf r = args.centred ? -ratio * sum_together<kEach>(d) : vf{};
+    Out<T>(args.dx + row.at, args.stream).put(0, d * scale + (off * q + r), part);
   }
 
   void read(const Row& row) {

@@ -61,6 +61,9 @@ struct Tail {
   int64_t lanes;
 };
 
+NORMZOO_INLINE int64_t lanes_of(Full) { return kLanes; }
+NORMZOO_INLINE int64_t lanes_of(Tail part) { return part.lanes; }
+
 NORMZOO_INLINE vf splat(float x) { return x - vf{}; }
 
 template <class V, class T>
@@ -221,13 +224,15 @@ NORMZOO_INLINE void unrolled(F&& f) {
 }
 
 // One lane of a or b after the other, those of b counted on from those of a: which(i) is taken for the lane i.
-template <class Which, int... i>
-NORMZOO_INLINE vf lanes(vf a, vf b, Which which, std::integer_sequence<int, i...>) {
+template <class Which>
+NORMZOO_INLINE vf lanes(vf a, vf b, Which which) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, which(i)...);
+    return __builtin_shufflevector(a, b, which(i)...);
 #else
-  return __builtin_shuffle(a, b, vi{which(i)...});
+    return __builtin_shuffle(a, b, vi{which(i)...});
 #endif
+  }(std::make_integer_sequence<int, kLanes>{});
 }
 
 // The sums of as many vectors as one has lanes, the sum of each in its lane; overwrites them.
@@ -236,13 +241,33 @@ NORMZOO_INLINE vf each_sum(vf* v) {
   if constexpr (kHalf == 0) {
     return v[0];
   } else {
-    constexpr auto all = std::make_integer_sequence<int, kLanes>{};
     constexpr auto first = [](int i) { return i & kHalf ? i - kHalf + (int)kLanes : i; };
     constexpr auto second = [](int i) { return i & kHalf ? i + (int)kLanes : i + kHalf; };
     for (int i = 0; i < kHalf; ++i)
-      v[i] = lanes(v[i], v[i + kHalf], first, all) + lanes(v[i], v[i + kHalf], second, all);
+      v[i] = lanes(v[i], v[i + kHalf], first) + lanes(v[i], v[i + kHalf], second);
     return each_sum<kHalf / 2>(v);
   }
+}
+
+// The sums of kEach lanes that lie together, in all of them.
+template <int kEach>
+NORMZOO_INLINE vf sum_together(vf v) {
+  if constexpr (kEach > 1) {
+    v = sum_together<kEach / 2>(v);
+    v += lanes(v, v, [](int i) { return i ^ (kEach / 2); });
+  }
+  return v;
+}
+
+// One number for kEach lanes that lie together, from and to memory.
+template <int kEach, class Part>
+NORMZOO_INLINE vf load_for_each(const float* p, Part part) {
+  const vf v = load(p, Tail{lanes_of(part) / kEach});
+  return lanes(v, v, [](int i) { return i / kEach; });
+}
+template <int kEach, class Part>
+NORMZOO_INLINE void store_of_each(float* p, vf v, Part part) {
+  store(p, lanes(v, v, [](int i) { return i * kEach % (int)kLanes; }), Tail{lanes_of(part) / kEach});
 }
 
 NORMZOO_INLINE vf root(vf v) {
