@@ -18,7 +18,7 @@ from normzoo.layers.none import NoNorm
 from normzoo.layers.sample import LayerNorm, RMSNorm
 from normzoo.models.base import Inputs, Network, NormChoice, Sites, one_of, register_model, whole_number
 from normzoo.models.dropout import Dropout
-from normzoo.ops.recurrence import CellNorm, Kind, recurrence, usable
+from normzoo.ops.recurrence import CellNorm, Kind, count, recurrence, usable
 
 State = tuple[Tensor, ...]
 Normalize = Callable[[str, Tensor], Tensor]
@@ -251,7 +251,7 @@ class PerStep(nn.Module):
         for t in steps:
             times[min(t, last)] += 1
         counters = [norm._buffers["num_batches_tracked"] for norm in norms]
-        torch.ops.normzoo.recurrence_count(self._statistics(last), counters, moved, times)
+        count(self._statistics(last), counters, moved, times)  # pyright: ignore[reportArgumentType]
 
     def _norms(self) -> list[MomentNorm]:
         return list(self.steps._modules.values())  # pyright: ignore[reportReturnType]
@@ -281,8 +281,9 @@ class RecurrentLayer(nn.Module):
     """A cell over time, and its norms.
 
     Without norms inside, or with batch, layer or RMS norm, it is one operation over the whole sequence
-    (:func:`normzoo.ops.recurrence.recurrence`): in float32 on a CPU, as long as no hook waits for a norm or the cell.
-    Otherwise, and with ``normzoo.ops.backend("reference")``, it is a loop over the steps with the same result.
+    (:func:`normzoo.ops.recurrence.recurrence`): in float32 on a CPU, and on a GPU for sizes that its kernels hold, as
+    long as no hook waits for a norm or the cell. Otherwise, and with ``normzoo.ops.backend("reference")``, it is a loop
+    over the steps with the same result.
 
     Args:
         cell: the step.
@@ -351,11 +352,8 @@ class RecurrentLayer(nn.Module):
 
     def kinds(self, x: Tensor, mask: Tensor | None, counts: list[int] | None) -> dict[str, Kind] | None:
         """What each norm is to the operation over the whole sequence; ``None`` to go step by step."""
-        first = [norm.steps[0] for _, norm in self._norms()]
-        floats = [t for norm in first for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()]
-        tensors = [x, *self.cell.parameters(), *floats]
         watched = _watched(self.cell) or _has_any_global_hook()
-        if type(self.cell) not in _CELL_NAMES or watched or x.numel() == 0 or not usable(tensors):
+        if type(self.cell) not in _CELL_NAMES or watched or x.numel() == 0:
             return None
         kinds: dict[str, Kind] = {}
         for point, norm in self._norms():
@@ -363,7 +361,11 @@ class RecurrentLayer(nn.Module):
             if kind is None or (kind == "batch" and mask is not None and counts is None):
                 return None
             kinds[point] = kind
-        return kinds
+        first = [norm.steps[0] for _, norm in self._norms()]
+        floats = [t for norm in first for t in (*norm.parameters(), *norm.buffers()) if t.is_floating_point()]
+        tensors = [x, *self.cell.parameters(), *floats]
+        cell = _CELL_NAMES[type(self.cell)]
+        return kinds if usable(cell, list(kinds.values()), len(x), self.cell.width, tensors) else None
 
     def step_by_step(self, x: Tensor, mask: Tensor | None, counts: list[int] | None, last: Mapping[str, int]) -> Tensor:
         """The recurrence as a loop, for any norm."""

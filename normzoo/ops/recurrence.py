@@ -1,12 +1,14 @@
 """A recurrence over a whole sequence as one operation, with norms inside its cell.
 
-The operator ``normzoo::recurrence`` is compiled, for float32 on a CPU. :func:`reference` says in plain operations what
-it computes; it also takes the place of the operator's gradient when that is differentiated again.
+The operator ``normzoo::recurrence`` is compiled, for float32 on a CPU; :mod:`normzoo.ops.triton.recurrence` is the
+same on a GPU. :func:`reference` says in plain operations what they compute; it also takes the place of their gradient
+when that is differentiated again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ POINTS = ("input", "hidden", "cell")
 KINDS = ("none", "layer", "rms", "batch", "running")
 Kind = Literal["none", "layer", "rms", "batch", "running"]
 
-_GATES = {"lstm": 4, "gru": 3, "tanh": 1}
+GATES = {"lstm": 4, "gru": 3, "tanh": 1}
 
 
 class CellNorm(NamedTuple):
@@ -46,15 +48,31 @@ class CellNorm(NamedTuple):
     momentum: float = 0.0
 
 
-def usable(tensors: Sequence[Tensor]) -> bool:
-    """Whether the operator can take these tensors here: the plain loop takes all others."""
-    return (
-        ops.allowed("cpu")
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and not transformed()
-        and kernels.load()
-    )
+def usable(cell: str, kinds: Sequence[Kind], batch: int, width: int, tensors: Sequence[Tensor]) -> bool:
+    """Whether an operator can do this here: the plain loop does all else.
+
+    Args:
+        cell: as :func:`recurrence` takes it.
+        kinds: of the norms.
+        batch: number of sequences.
+        width: number of units.
+        tensors: all that it would be given.
+    """
+    device = tensors[0].device
+    if device.type not in ("cpu", "cuda") or any(t.dtype != torch.float32 or t.device != device for t in tensors):
+        return False
+    if transformed() or torch.is_autocast_enabled(device.type):
+        return False
+    if _on_a_gpu(tensors[0]):
+        from normzoo.ops.triton import recurrence as fused  # on first use: it loads Triton
+
+        return fused.serves(cell, kinds, batch, width, device)
+    return ops.allowed("cpu") and device.type == "cpu" and kernels.load()
+
+
+def _on_a_gpu(x: Tensor) -> bool:
+    """Whether this is for Triton's kernels; tensors of a CPU are where they were asked for, in its interpreter."""
+    return ops.allowed("triton") and (x.is_cuda or not ops.allowed("cpu"))
 
 
 def recurrence(
@@ -106,7 +124,11 @@ def recurrence(
         *(n.running for n in at),
     )  # fmt: skip
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out = torch.ops.normzoo.recurrence(
+    if _on_a_gpu(x):
+        from normzoo.ops.triton.recurrence import compute
+    else:
+        compute = torch.ops.normzoo.recurrence
+    out = compute(
         *tensors,
         CELLS.index(cell),
         [KINDS.index(n.kind) for n in at],
@@ -116,6 +138,23 @@ def recurrence(
     )
     moved = {point: new for point, n, new in zip(POINTS, at, out[8:], strict=True) if n.running is not None}
     return out[0], moved
+
+
+@torch.no_grad()
+def count(statistics: list[Tensor], counters: list[Tensor], moved: Tensor, times: list[int]) -> None:
+    """Give the running mean and variance of each step their new values, and count its batches, in place.
+
+    Args:
+        statistics: means and variances by turns, ``(C,)`` each.
+        counters: one for each step.
+        moved: the new values, ``(S, 2, C)``.
+        times: what is added to the counters.
+    """
+    if moved.is_cpu and ops.allowed("cpu") and kernels.load():
+        torch.ops.normzoo.recurrence_count(statistics, counters, moved, times)
+    else:
+        torch._foreach_copy_(statistics, list(moved.flatten(0, 1).unbind()))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(counters, times)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def reference(
@@ -186,16 +225,31 @@ def reference(
     return torch.stack(outputs, 1), moving
 
 
-# ---- what torch needs to know of the operator ------------------------------------------------------------------------
+# ---- what torch needs to know of the operators -----------------------------------------------------------------------
 
 _LEARNED = 9  # the first so many arguments have gradients
 
 
+def describe(
+    name: str, shapes: Callable[..., tuple[Tensor, ...]], library: torch.library.Library | None = None
+) -> None:
+    """Tell torch the shapes of an operator's results, and that ``{name}_backward`` computes its gradient.
+
+    Args:
+        name: of an operator that takes and returns what ``normzoo::recurrence`` does; what it keeps for the gradient is
+            its own affair.
+        shapes: of its results.
+        library: where it is defined, if in Python.
+    """
+    torch.library.register_fake(f"normzoo::{name}", shapes, lib=library)
+    torch.library.register_fake(f"normzoo::{name}_backward", _shapes_backward, lib=library)
+    compute = getattr(torch.ops.normzoo, f"{name}_backward")
+    torch.library.register_autograd(f"normzoo::{name}", partial(_backward, compute), setup_context=_setup, lib=library)
+
+
 def _declare() -> None:
-    torch.library.register_fake("normzoo::recurrence", _shapes)
-    torch.library.register_fake("normzoo::recurrence_backward", _shapes_backward)
+    describe("recurrence", _shapes)
     torch.library.register_fake("normzoo::recurrence_count", lambda statistics, counters, moved, times: None)
-    torch.library.register_autograd("normzoo::recurrence", _backward, setup_context=_setup)
 
 
 def _shapes(
@@ -249,7 +303,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.settings = inputs[13:17]
 
 
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    compute: Callable[..., tuple[Tensor, ...]], ctx: Any, dout: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 18
     if dout is None:
         return nothing
@@ -260,7 +316,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
         return _backward_again(inputs, ctx.settings, needed, dout) + nothing[_LEARNED:]
     cell, kinds, eps, _ = ctx.settings
     tracked = [int(running is not None) for running in inputs[10:]]
-    grads = torch.ops.normzoo.recurrence_backward(dout, *kept, *inputs[:10], cell, kinds, eps, tracked, needed[0])
+    grads = compute(dout, *kept, *inputs[:10], cell, kinds, eps, tracked, needed[0])
     return tuple(g if need else None for g, need in zip(grads, needed, strict=True)) + nothing[_LEARNED:]
 
 

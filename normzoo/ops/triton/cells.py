@@ -20,11 +20,10 @@ from normzoo.ops.triton.kernels import AVAILABLE, tl, triton
 _NUMBERS = ("first", "last", "batch", "steps")
 jit: Callable[[Any], Any] = triton.jit(do_not_specialize=_NUMBERS) if AVAILABLE else lambda kernel: kernel
 
-# the numbers of cells and norms in normzoo.ops.recurrence
+# the numbers of cells and norms in normzoo.ops.recurrence: 1 and 2 are over the channels, 3 and 4 over the sequences
 LSTM: Any = tl.constexpr(0) if AVAILABLE else 0
 GRU: Any = tl.constexpr(1) if AVAILABLE else 1
 LAYER: Any = tl.constexpr(1) if AVAILABLE else 1
-RMS: Any = tl.constexpr(2) if AVAILABLE else 2
 BATCH: Any = tl.constexpr(3) if AVAILABLE else 3
 
 
@@ -79,19 +78,7 @@ def _affine(x, point, channel, known):
 @jit
 def _norm(x, point, real, number, t, row, batch, channel, known, channels, KIND: tl.constexpr):
     """A step's values after the norm, whose statistics are stored where there is room for them."""
-    if KIND == LAYER or KIND == RMS:
-        mean = 0.0
-        if KIND == LAYER:
-            mean = tl.sum(tl.where(known, x, 0), 1, keep_dims=True) / channels
-        x = tl.where(known, x - mean, 0)
-        spread = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / channels + point.eps)
-        x *= spread
-        if point.stats is not None:
-            stats = point.stats + t * 2 * batch + row
-            if KIND == LAYER:
-                tl.store(stats, mean, mask=row < batch)
-            tl.store(stats + batch, spread, mask=row < batch)
-    elif KIND != 0:
+    if KIND >= BATCH:
         if point.moving is not None:
             moving = point.moving + tl.minimum(t, point.spans - 1) * 2 * channels + channel
             mean = tl.load(moving, mask=known, other=0)
@@ -119,6 +106,18 @@ def _norm(x, point, real, number, t, row, batch, channel, known, channels, KIND:
             stats = point.stats + t * 2 * channels + channel
             tl.store(stats, mean, mask=known)
             tl.store(stats + channels, spread, mask=known)
+    elif KIND != 0:
+        mean = 0.0
+        if KIND == LAYER:
+            mean = tl.sum(tl.where(known, x, 0), 1, keep_dims=True) / channels
+        x = tl.where(known, x - mean, 0)
+        spread = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / channels + point.eps)
+        x *= spread
+        if point.stats is not None:
+            stats = point.stats + t * 2 * batch + row
+            if KIND == LAYER:
+                tl.store(stats, mean, mask=row < batch)
+            tl.store(stats + batch, spread, mask=row < batch)
     return _affine(x, point, channel, known)
 
 
@@ -126,16 +125,16 @@ def _norm(x, point, real, number, t, row, batch, channel, known, channels, KIND:
 def _recall(x, point, t, row, batch, channel, known, channels, KIND: tl.constexpr):
     """The values standardised by the stored statistics, and the inverse deviation."""
     spread = 1.0
-    if KIND == LAYER or KIND == RMS:
+    if KIND >= BATCH:
+        stats = point.stats + t * 2 * channels + channel
+        x -= tl.load(stats, mask=known, other=0)
+        spread = tl.load(stats + channels, mask=known, other=0)
+        x *= spread
+    elif KIND != 0:
         stats = point.stats + t * 2 * batch + row
         if KIND == LAYER:
             x -= tl.load(stats, mask=row < batch, other=0)
         spread = tl.load(stats + batch, mask=row < batch, other=0)
-        x *= spread
-    elif KIND != 0:
-        stats = point.stats + t * 2 * channels + channel
-        x -= tl.load(stats, mask=known, other=0)
-        spread = tl.load(stats + channels, mask=known, other=0)
         x *= spread
     return x, spread
 
@@ -164,15 +163,17 @@ def _real(mask, line, there):
 
 @jit
 def forward(
-    input, hidden, cell, weight, acts, out, mask, first, last, batch, steps, width,
+    input, hidden, cell, weight, acts, out, mask, first, last, batch, steps, width, padded,
     CELL: tl.constexpr, GATES: tl.constexpr, INPUT: tl.constexpr, HIDDEN: tl.constexpr, INSIDE: tl.constexpr,
     KEEP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Steps ``first`` to ``last``.
 
-    ``weight`` is transposed, ``(H, C)``. ``acts``, ``(N, T, 4 H)``, gets what the gates are functions of: those of
-    :func:`_gates`. Without ``KEEP`` it and the cell state have room for one step.
+    ``weight`` is transposed, ``(H, gates, padded)``. ``acts``, ``(N, T, 4 H)``, gets what :func:`_gates`
+    makes the gates from. Without ``KEEP`` it and the cell state have room for one step.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how wide it may load
     channels = GATES * width
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     there = row < batch
@@ -182,6 +183,8 @@ def forward(
     wide = tl.program_id(1) * UNITS + tl.arange(0, WIDE)[None, :] % UNITS
     known = (wide < width) & (gate < GATES)
     channel = gate * width + wide
+    column = gate * padded + wide
+    filled = (wide < padded) & (gate < GATES)
     slots = steps if KEEP else 1
 
     for t in tl.range(first, last, num_stages=1):
@@ -191,14 +194,14 @@ def forward(
         real = _real(mask, line, there)
         number = tl.sum(real.to(tl.int32))
 
+        u = tl.load(input.raw + line * channels + channel, mask=there & known, other=0)  # arrives during the product
         v = tl.zeros([ROWS, WIDE], tl.float32)
         for k in tl.range(0, tl.where(t > 0, width, 0), DEPTH):
             across = k + tl.arange(0, DEPTH)[None, :]
             down = k + tl.arange(0, DEPTH)[:, None]
             left = tl.load(out + (line - 1) * width + across, mask=there & (across < width), other=0)
-            right = tl.load(weight + down * channels + channel, mask=known & (down < width), other=0)
+            right = tl.load(weight + down * GATES * padded + column, mask=filled & (down < width), other=0)
             v = tl.dot(left, right, v, input_precision="ieee")
-        u = tl.load(input.raw + line * channels + channel, mask=there & known, other=0)
         if hidden.raw is not None:
             tl.store(hidden.raw + line * channels + channel, v, mask=there & known)
         u = _norm(u, input, real, number, t, row, batch, channel, known, channels, INPUT)
@@ -216,7 +219,7 @@ def forward(
             tl.store(acts + slot * 4 * width + channel, tl.where(gate < 2, u + v, u), mask=there & known)
             tl.store(acts + slot * 4 * width + channel + width, v, mask=there & known & (gate == 2))
             tl.debug_barrier()
-            r, z, n, _ = _gates(acts + slot * 4 * width + unit, width, inside, CELL)
+            _, z, n, _ = _gates(acts + slot * 4 * width + unit, width, inside, CELL)
             h = (1 - z) * n
         else:
             h = _tanh(u + v)
@@ -238,17 +241,17 @@ def _through(dy, x, point, real, number, later, t, row, batch, channel, known, c
         tl.store(sums + channels, tl.load(sums + channels, mask=mine & later, other=0) + dy, mask=mine)
     if point.gain is not None:
         dy *= tl.load(point.gain + channel, mask=known, other=0)
-    if KIND == LAYER or KIND == RMS:
-        slope = tl.sum(dy * x, 1, keep_dims=True) / channels
-        if KIND == LAYER:
-            dy -= tl.sum(dy, 1, keep_dims=True) / channels
-        dy = (dy - slope * x) * spread
-    elif KIND != 0:
+    if KIND >= BATCH:
         if KIND == BATCH:
             share = tl.where(number >= point.least, 1 / tl.maximum(number, 1).to(tl.float32), 0)
             slope = tl.sum(dy * x, 0, keep_dims=True) * share
             dy -= tl.sum(dy, 0, keep_dims=True) * share + slope * x
         dy = tl.where(real, dy * spread, 0)
+    elif KIND != 0:
+        slope = tl.sum(dy * x, 1, keep_dims=True) / channels
+        if KIND == LAYER:
+            dy -= tl.sum(dy, 1, keep_dims=True) / channels
+        dy = (dy - slope * x) * spread
     return dy
 
 
@@ -261,15 +264,18 @@ def _both(du, dv, line, gate: tl.constexpr, unit, channels, width, value, inside
 
 @jit
 def backward(
-    input, hidden, cell, weight, acts, out, mask, dout, du, dv, dh, dc, first, last, batch, steps, width,
+    input, hidden, cell, weight, acts, out, mask, dout, du, dv, dh, dc, first, last, batch, steps, width, padded,
     CELL: tl.constexpr, GATES: tl.constexpr, INPUT: tl.constexpr, HIDDEN: tl.constexpr, INSIDE: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr, DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Steps ``first`` to ``last`` from the end: the gradients ``du`` and ``dv`` of both products, ``(N, T, C)``.
 
+    ``weight`` is ``(C, padded)``.
     ``dh`` and ``dc``, ``(N, H)``, carry the gradients of the state, but for what goes through the product, and of the
     cell state from one step to the one before.
     """
+    width = width // ALIGN * ALIGN  # tells the compiler how wide it may load
     channels = GATES * width
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     there = row < batch
@@ -294,7 +300,7 @@ def backward(
             across = k + tl.arange(0, DEPTH)[None, :]
             down = k + tl.arange(0, DEPTH)[:, None]
             left = tl.load(dv + (line + 1) * channels + across, mask=there & (across < channels), other=0)
-            right = tl.load(weight + down * width + unit, mask=(unit < width) & (down < channels), other=0)
+            right = tl.load(weight + down * padded + unit, mask=(unit < padded) & (down < channels), other=0)
             grad = tl.dot(left, right, grad, input_precision="ieee")
         grad += tl.load(dh + own, mask=inside & later, other=0) + tl.load(dout + here, mask=inside, other=0)
 
