@@ -73,6 +73,8 @@ struct Backward {
 constexpr double kFar = 16;
 constexpr int64_t kBlock = 4096;  // elements or rows summed in float32 before they join a total
 constexpr int64_t kRows = 256;
+constexpr int64_t kListed = 2048;  // rows, of which some that lie far apart are read together
+constexpr int kStrip = 4;  // vectors of a row that are read together
 constexpr int64_t kShortRun = 16 * kLanes, kManyShort = 64;
 
 // Where results go. A large one is streamed past the caches, which spares reading the lines that are written.
@@ -81,6 +83,7 @@ struct Out {
   T* to;
   bool stream;
 
+  Out() = default;
   Out(T* to, bool stream) : to(to), stream(stream && reinterpret_cast<uintptr_t>(to) % 64 == 0) {}
 
   template <class Part>
@@ -943,6 +946,15 @@ struct ColumnsPart {
 
 NORMZOO_INLINE vf at_least_one(vf v) { return v < 1 ? splat(1) : v; }
 
+// Call f(many, first, step) for rows from to to: so many from the first on, one step apart. Those that are read together
+// lie far apart: each is a stream of its own that the processor fetches ahead.
+template <int kMany, class F>
+void far_apart(int64_t from, int64_t to, F&& f) {
+  const int64_t step = (to - from) / kMany;
+  for (int64_t i = from; i < from + step; ++i) f(std::integral_constant<int, kMany>{}, i, step);
+  for (from += kMany * step; from < to; ++from) f(std::integral_constant<int, 1>{}, from, 1);
+}
+
 // Rows that are read together, and how far it is to the next ones: several at once are more than the processor's own
 // prefetching can follow.
 template <class T, int kMany>
@@ -1089,50 +1101,61 @@ struct ColumnsForward : Columns<kAcross, kMask> {
   }
 
   template <int kMany>
-  void add_rows(const T* const* rows, const uint8_t* const* masks, int64_t n, ColumnsPart& part) const {
-    const Rows<T, kMany> x(rows);
+  void add_rows(const T* const* rows, const uint8_t* const* masks, int64_t step, int64_t n, ColumnsPart& part) const {
     float *t1 = part.at(kP), *t2 = part.at(kQ), *number = part.at(kCount);
     const float* from = part.at(kShift);
-    vectors(n, [&](int64_t i, int, auto whole) {
-      vf a = load(t1 + i, whole), b = load(t2 + i, whole), real{};
-      const vf base = load(from + i, whole);
-#pragma GCC unroll 8
-      for (int j = 0; j < kMany; ++j) {
-        vf v = load(x.at[j] + i, whole) - base;
-        x.fetch(i, j);
-        if constexpr (kMask && !kAcross) {
-          v = where(masks[j] + i, v, whole);
-          real += where(masks[j] + i, splat(1), whole);
-        }
-        a += v;
-        b += v * v;
+    const T* x[kMany];
+    for (int j = 0; j < kMany; ++j) x[j] = rows[j * step];
+    strips<kStrip>(n, [&](int64_t i, auto many, auto whole) {
+      vf a[many], b[many], base[many], real[many];
+      for (int v = 0; v < many; ++v) {
+        a[v] = load(t1 + i + v * kLanes, whole);
+        b[v] = load(t2 + i + v * kLanes, whole);
+        base[v] = load(from + i + v * kLanes, whole);
+        real[v] = vf{};
       }
-      store(t1 + i, a, whole);
-      store(t2 + i, b, whole);
-      if constexpr (kMask && !kAcross) store(number + i, load(number + i, whole) + real, whole);
+#pragma GCC unroll 8
+      for (int j = 0; j < kMany; ++j)
+        for (int v = 0; v < many; ++v) {
+          vf off = load(x[j] + i + v * kLanes, whole) - base[v];
+          if constexpr (kMask && !kAcross) {
+            const uint8_t* mask = masks[j * step] + i + v * kLanes;
+            off = where(mask, off, whole);
+            real[v] += where(mask, splat(1), whole);
+          }
+          a[v] += off;
+          b[v] += off * off;
+        }
+      for (int v = 0; v < many; ++v) {
+        store(t1 + i + v * kLanes, a[v], whole);
+        store(t2 + i + v * kLanes, b[v], whole);
+        float* count = number + i + v * kLanes;
+        if constexpr (kMask && !kAcross) store(count, load(count, whole) + real[v], whole);
+      }
     });
   }
 
   void add(int64_t k, int64_t from, int64_t to, ColumnsPart& part) const {
-    constexpr int kMany = kAcross ? 8 : 2;
+    constexpr int kMany = kAcross ? 2 : 4;
     const int64_t n = this->columns(k);
-    const T* rows[kRows + kMany];
-    const uint8_t* masks[kRows];
+    const T* rows[kListed];
+    const uint8_t* masks[kListed];
     for (int64_t r = from; r < to;) {
-      int64_t many = 0;
-      for (; r < to && many < kRows; ++r) {
+      int64_t many = 0, pending = 0;
+      for (; r < to && many < kListed; ++r) {
         if constexpr (kMask) {
           masks[many] = this->mask(args.mask, k, r);
           if (kAcross && !*masks[many]) continue;
         }
         rows[many++] = args.x + this->start(k) + this->plan.reduced[r].memory;
       }
-      if (many == 0) continue;
-      follow(rows, many, kMany);
-      int64_t j = 0;
-      for (; j + kMany <= many; j += kMany) add_rows<kMany>(rows + j, masks + j, n, part);
-      for (; j < many; ++j) add_rows<1>(rows + j, masks + j, n, part);
-      this->flush(k, part);
+      far_apart<kMany>(0, many, [&](auto together, int64_t first, int64_t step) {
+        add_rows<together>(rows + first, masks + first, step, n, part);
+        if ((pending += together) < kRows) return;
+        this->flush(k, part);
+        pending = 0;
+      });
+      if (pending > 0) this->flush(k, part);
       part.rows += (double)(many * this->plan.repeat);
     }
   }
@@ -1200,35 +1223,53 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     return true;
   }
 
-  void apply(int64_t k, int64_t from, int64_t to, const ColumnsPart& part) const {
+  template <int kMany>
+  void apply_rows(int64_t k, int64_t first, int64_t step, const ColumnsPart& part) const {
     const int64_t n = this->columns(k);
     const float *means = part.at(kMean), *scales = part.at(kScale), *adds = part.at(kAdd), *floors = part.at(kFloor);
-    for (int64_t j = from; j < to; ++j) {
-      const int64_t at = this->start(k) + this->plan.reduced[j].memory;
-      const uint8_t* mask = kMask ? this->mask(args.mask, k, j) : nullptr;
-      const T* x = args.x + at;
-      T* y = args.y + at;
-      if (kAcross && kMask && !*mask) {
-        std::fill(y, y + n, T(0));
-        continue;
-      }
-      const int64_t c = this->channel(k, j);
-      const vf weight = splat(kAcross ? 1 : args.weight[c]), bias = splat(kAcross ? 0 : args.bias[c]);
-      const Out<T> out(y, args.stream);
-      out.each(n, [&](int64_t i, auto whole) {
-        vf v = (load(x + i, whole) - load(means + i, whole)) * load(scales + i, whole) + load(adds + i, whole);
-        if constexpr (kAcross) {
-          if (args.floor) {
-            const vf floor = load(floors + i, whole);
-            v = v < floor ? floor : v;
-          }
-        } else {
-          v = v * weight + bias;
-          if constexpr (kMask) v = where(mask + i, v, whole);
-        }
-        return v;
-      });
+    const T* x[kMany];
+    Out<T> y[kMany];
+    const uint8_t* mask[kMany];
+    vf weight[kMany], bias[kMany];
+    for (int j = 0; j < kMany; ++j) {
+      const int64_t r = first + j * step, at = this->start(k) + this->plan.reduced[r].memory;
+      x[j] = args.x + at;
+      y[j] = Out<T>(args.y + at, args.stream);
+      mask[j] = kMask ? this->mask(args.mask, k, r) : nullptr;
+      weight[j] = splat(kAcross ? 1 : args.weight[this->channel(k, r)]);
+      bias[j] = splat(kAcross ? 0 : args.bias[this->channel(k, r)]);
+      if (kAcross && kMask && !*mask[j]) return (void)std::fill_n(args.y + at, n, T(0));  // one at a time
     }
+    strips<kStrip>(n, [&](int64_t i, auto many, auto whole) {
+      vf mean[many], scale[many], add[many];
+      for (int v = 0; v < many; ++v) {
+        mean[v] = load(means + i + v * kLanes, whole);
+        scale[v] = load(scales + i + v * kLanes, whole);
+        add[v] = load(adds + i + v * kLanes, whole);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kMany; ++j)
+        for (int v = 0; v < many; ++v) {
+          const int64_t at = i + v * kLanes;
+          vf value = (load(x[j] + at, whole) - mean[v]) * scale[v] + add[v];
+          if constexpr (kAcross) {
+            if (args.floor) {
+              const vf floor = load(floors + at, whole);
+              value = value < floor ? floor : value;
+            }
+          } else {
+            value = value * weight[j] + bias[j];
+            if constexpr (kMask) value = where(mask[j] + at, value, whole);
+          }
+          y[j].put(at, value, whole);
+        }
+    });
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const ColumnsPart& part) const {
+    far_apart<kAcross && kMask ? 1 : 4>(from, to, [&](auto together, int64_t first, int64_t step) {
+      apply_rows<together>(k, first, step, part);
+    });
   }
 };
 

@@ -293,4 +293,13 @@ NORMZOO_INLINE void vectors(int64_t n, F&& f) {
   if (i < n) f(i, 0, Tail{n - i});
 }
 
+// Call f(i, many, part) for kMany vectors at a time, and for what is left for one: i is the first element.
+template <int kMany, class F>
+NORMZOO_INLINE void strips(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kMany * kLanes <= n; i += kMany * kLanes) f(i, std::integral_constant<int, kMany>{}, Full{});
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int, 1>{}, Full{});
+  if (i < n) f(i, std::integral_constant<int, 1>{}, Tail{n - i});
+}
+
 }  // namespace normzoo
