@@ -618,6 +618,14 @@ def test_two_threads_give_the_definition(text, two_threads):
         agree(data(*shape, dtype=torch.bfloat16), text, options, channels_last=channels_last, mask=masked(4, 9000))
 
 
+@pytest.mark.parametrize("text", ["b c s -> b c", "b c s -> b", "b (g c) s -> b g", "b (g c) s -> b g s"])
+def test_two_threads_share_short_runs_and_small_groups(text, two_threads):
+    two_threads(2)
+    for samples, positions in ((1, 9), (3, 49), (80, 49)):
+        for shape, channels_last in (((samples, 36, positions), BCS), ((samples, positions, 36), BSC)):
+            agree(data(*shape), text, {"g": 9} if "g" in text else {}, channels_last=channels_last)
+
+
 # ---- what torch asks of an operator ----------------------------------------------------------------------------------
 
 

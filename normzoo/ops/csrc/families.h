@@ -430,7 +430,8 @@ struct RunsBackward {
 
 // Many runs at a time, so that what each of them needs once is done by vectors: their sums, and from these what is
 // multiplied and added. The runs are those of whole statistics of one sample.
-template <class T>
+// kWhole: the whole vectors of a run where there are as few of them, otherwise -1.
+template <class T, int kWhole>
 struct ShortRuns {
   enum { kMean, kFirst, kSecond, kP, kQ, kR, kFields };
 
@@ -441,12 +442,6 @@ struct ShortRuns {
   explicit ShortRuns(const Plan& plan)
       : plan(plan), together(plan.adjacent()), groups(plan.channels / together),
         step(std::min(groups, std::max<int64_t>(1, kManyShort / together))), room(kFields * step * together) {}
-
-  // Few statistics are left to the loops in which threads share one.
-  static bool serve(const Plan& plan) {
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    return plan.width <= kShortRun && plan.adjacent() > 0 && (threads == 1 || plan.kept.size() >= 2 * threads);
-  }
 
   float* at(int field) { return room.data() + field * step * together; }
 
@@ -466,6 +461,17 @@ struct ShortRuns {
     });
   }
 
+  // Call f(i, part) for every vector of a run.
+  template <class F>
+  NORMZOO_INLINE static void run(int64_t width, F&& f) {
+    if constexpr (kWhole < 0) {
+      vectors(width, [&](int64_t i, int, auto part) { f(i, part); });
+    } else {
+      for (int64_t i = 0; i < kWhole; ++i) f(i * kLanes, Full{});
+      if (width > kWhole * kLanes) f(kWhole * kLanes, Tail{width - kWhole * kLanes});
+    }
+  }
+
   // The sums of each run, which f adds up: f(i, part, a, b) takes in the vector i of memory, of the run j.
   template <class F>
   NORMZOO_INLINE void sum_runs(int64_t place, int64_t runs, F f) {
@@ -477,7 +483,7 @@ struct ShortRuns {
       for (int64_t j = 0; j < std::min(kLanes, runs - first); ++j, place += width) {
         const vf mean = splat(means[first + j]);
         vf s1{}, s2{};
-        vectors(width, [&](int64_t i, int, auto part) { f(place + i, part, mean, s1, s2); });
+        run(width, [&](int64_t i, auto part) { f(place + i, part, mean, s1, s2); });
         a[j] = s1;
         b[j] = s2;
       }
@@ -493,7 +499,8 @@ struct ShortRuns {
     const int64_t width = plan.width;
     for (int64_t j = 0; j < runs; ++j, place += width) {
       const auto value = f(j);
-      Out<T>(to + place, stream).each(width, [&](int64_t i, auto part) { return value(place + i, part); });
+      const Out<T> out(to + place, stream);
+      run(width, [&](int64_t i, auto part) { out.put(i, value(place + i, part), part); });
     }
   }
 
@@ -596,6 +603,23 @@ struct ShortRuns {
     });
   }
 };
+
+// Whether these loops serve: few statistics are left to those in which threads share one.
+inline bool are_short(const Plan& plan) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return plan.width <= kShortRun && plan.adjacent() > 0 && (threads == 1 || plan.kept.size() >= 2 * threads);
+}
+
+template <class T, class F>
+void drive_short(const Plan& plan, F&& f) {
+  switch (plan.width / kLanes) {
+    case 0: return ShortRuns<T, 0>::each(plan, f);
+    case 1: return ShortRuns<T, 1>::each(plan, f);
+    case 2: return ShortRuns<T, 2>::each(plan, f);
+    case 3: return ShortRuns<T, 3>::each(plan, f);
+    default: return ShortRuns<T, -1>::each(plan, f);
+  }
+}
 
 // ---- rows: groups of adjacent channels, each reduced by itself ---------------------------------------------------
 
@@ -1006,6 +1030,8 @@ struct Columns {
     const int64_t n = distinct(k);
     if (statistics(k) == n) {
       std::copy_n(from, n, to);
+    } else if (plan.block > 0) {
+      for (int64_t g = 0; g < plan.groups; ++g) std::fill_n(to + g * plan.block, plan.block, from[g]);
     } else {
       for (int64_t c = 0; c < n; ++c) to[c] = from[plan.group[c]];
     }
@@ -1198,7 +1224,10 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     } else {  // all from the shift of one column of the group: the means may be large and close to each other
       const float share = (float)statistics / (float)n;
       float *base = part.at(kR), *middle = part.at(kWeight), *column = part.at(kBias);
-      for (int64_t c = n; c-- > 0;) base[this->group(c)] = from[c];
+      if (this->plan.block > 0)
+        for (int64_t g = 0; g < statistics; ++g) base[g] = from[g * this->plan.block];
+      else
+        for (int64_t c = n; c-- > 0;) base[this->group(c)] = from[c];
       this->gather(k, base, column);
       vectors(n, [&](int64_t i, int, auto whole) {
         const vf far_from = load(from + i, whole) - load(column + i, whole);
@@ -1496,8 +1525,8 @@ void forward(const Plan& plan, const Forward<T>& args) {
   const Do what = args.known ? Do::apply : args.what;
   if (plan.family == Family::rows) {
     drive_rows<RowsForward<T>>(plan, args);
-  } else if (!kMask && what == Do::all && !args.floor && ShortRuns<T>::serve(plan)) {
-    ShortRuns<T>::each(plan, [&](auto& work, auto... which) { work.standardize(args, which...); });
+  } else if (!kMask && what == Do::all && !args.floor && are_short(plan)) {
+    drive_short<T>(plan, [&](auto& work, auto... which) { work.standardize(args, which...); });
   } else if (plan.family == Family::runs) {
     RunsForward<T, kMask> work{plan, args};
     drive_runs(work, plan, what);
@@ -1515,8 +1544,8 @@ void backward(const Plan& plan, const Backward<T>& args) {
   const int64_t elements = plan.count * plan.statistics();
   if (plan.family == Family::rows) {
     drive_rows<RowsBackward<T>>(plan, args);
-  } else if (!kMask && !kLimited && args.what == Do::all && ShortRuns<T>::serve(plan)) {
-    ShortRuns<T>::each(plan, [&](auto& work, auto... which) { work.differentiate(args, which...); });
+  } else if (!kMask && !kLimited && args.what == Do::all && are_short(plan)) {
+    drive_short<T>(plan, [&](auto& work, auto... which) { work.differentiate(args, which...); });
   } else if (plan.family == Family::runs) {
     RunsBackward<T, kMask, kLimited> work{plan, args};
     drive_runs(work, plan, args.what);
