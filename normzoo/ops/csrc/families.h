@@ -430,7 +430,7 @@ struct RunsBackward {
 
 // Many runs at a time, so that what each of them needs once is done by vectors: their sums, and from these what is
 // multiplied and added. The runs are those of whole statistics of one sample.
-// kWhole: the whole vectors of a run where there are as few of them, otherwise -1.
+// kWhole: how many whole vectors a run has, where they are few; otherwise -1.
 template <class T, int kWhole>
 struct ShortRuns {
   enum { kMean, kFirst, kSecond, kP, kQ, kR, kFields };
@@ -472,7 +472,7 @@ struct ShortRuns {
     }
   }
 
-  // The sums of each run, which f adds up: f(i, part, a, b) takes in the vector i of memory, of the run j.
+  // The two sums of each run: f(i, part, mean, a, b) adds the vector at i in memory to them.
   template <class F>
   NORMZOO_INLINE void sum_runs(int64_t place, int64_t runs, F f) {
     const float* means = at(kMean);
