@@ -174,7 +174,7 @@ def test_bench_fails_when_nothing_could_be_measured(capsys, tmp_path):
 def test_bench_says_what_does_not_fit_and_keeps_what_it_has(capsys, tmp_path, monkeypatch, found_by):
     from normzoo.bench import command
 
-    monkeypatch.setattr(command, "_memory", lambda device: {"us": 10**9, "torch": 10**18}[found_by])
+    monkeypatch.setattr(command, "memory_bytes", lambda device: {"us": 10**9, "torch": 10**18}[found_by])
     rows = tmp_path / "rows.csv"
     keep = ("--against", "torch.nn", "--rounds", "1", "--csv", str(rows))
     code, out, errors = call(capsys, "bench", "layer_norm", *keep, "--shape", "6,8", "10000000,1000000")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from normzoo.bench import suite
 from normzoo.bench.accuracy import Errors, measure_accuracy
 from normzoo.bench.case import DIRECTIONS, Case, one_of, parse_shape
 from normzoo.bench.contenders import OURS, alternatives, checked
-from normzoo.bench.machine import choices, machine
+from normzoo.bench.machine import choices, machine, memory_bytes
 from normzoo.bench.measure import Subject, measure_case
 from normzoo.bench.pages import measure_pages
 from normzoo.bench.recurrent import Recurrent, measure_recurrent
@@ -149,7 +148,7 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
 @contextmanager
 def _enough_memory(what: str, case: Case, mend: str) -> Iterator[None]:
     """Say what does not fit, and how large it is, before the system ends the process for it, or when torch says so."""
-    size, room = case.tensor_bytes, _memory(case.device)
+    size, room = case.tensor_bytes, memory_bytes(case.device)
     try:
         if 4 * size > room:  # the input, the output, and the gradient of each
             raise MemoryError
@@ -163,16 +162,6 @@ def _enough_memory(what: str, case: Case, mend: str) -> Iterator[None]:
             f"{what} does not fit into memory: it needs several tensors of {size:,} bytes ({size / 2**30:,.1f} GiB), "
             f"and there are {room / 2**30:,.1f} GiB; {mend}"
         ) from error
-
-
-def _memory(device: str) -> int:
-    """How many bytes there are in all; where the system does not tell, what a size can count."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**63 - 1
 
 
 def _need_folder(path: Path | None, option: str) -> None:

@@ -44,6 +44,16 @@ def processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def memory_bytes(device: str) -> int:
+    """How many bytes there are in all; where the system does not tell, what a size can count."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63 - 1
+
+
 def kernel_status() -> str:
     """How the compiled CPU kernels stand."""
     status = kernels.status()

@@ -241,7 +241,6 @@ class PerStep(nn.Module):
         momentum = first.momentum if first.counts and first.momentum is not None else 0.0
         return CellNorm(kind, first.eps, first.weight, first.bias, running, momentum)
 
-    @torch.no_grad()
     def count(self, moved: Tensor, last: int, steps: Iterable[int]) -> None:
         """Take in what the running statistics became, over these steps."""
         norms = self._norms()[: last + 1]
