@@ -944,26 +944,28 @@ struct RowsBackward {
 
 // ---- columns: the innermost run is kept, or is all channels ------------------------------------------------------
 
-// The first four are sums, which threads merge.
+// The first are sums, which threads merge: two, or four where there are masks or floors.
 enum Column { kS1, kS2, kCount, kBelow, kShift, kMean, kScale, kAdd, kP, kQ, kR, kWeight, kBias, kFloor, kColumns };
 
 struct ColumnsPart {
-  int64_t width;
+  int64_t width, sums;
+  int64_t block = kS1, pending = 0;  // where rows are being summed, kS1 or kP, and how many they are
   Floats data;  // kColumns rows of the width
   double rows = 0;
   int passes = 0;
 
-  explicit ColumnsPart(int64_t columns) : width((columns + kLanes - 1) / kLanes * kLanes), data(kColumns * width) {}
+  ColumnsPart(int64_t columns, int64_t sums)
+      : width((columns + kLanes - 1) / kLanes * kLanes), sums(sums), data(kColumns * width) {}
   float* at(int which) { return data.data() + which * width; }
   const float* at(int which) const { return data.data() + which * width; }
 
   void clear() {
-    std::fill(data.begin(), data.begin() + 4 * width, 0.f);
-    std::fill(at(kP), at(kR), 0.f);  // sums of a block, until they are coefficients
-    rows = 0;
+    std::fill_n(data.begin(), sums * width, 0.f);
+    block = kS1;
+    rows = pending = 0;
   }
   void merge(const ColumnsPart& other) {
-    for (int64_t i = 0; i < 4 * width; ++i) data[i] += other.data[i];
+    for (int64_t i = 0; i < sums * width; ++i) data[i] += other.data[i];
     rows += other.rows;
   }
 };
@@ -1009,7 +1011,6 @@ struct Columns {
     length = kAcross ? plan.width : std::min<int64_t>(plan.width, 1024);
     pieces = (plan.width + length - 1) / length;
   }
-  ColumnsPart part() const { return ColumnsPart(length); }
   void enter(ColumnsPart&) const {}
   int64_t tasks() const { return plan.kept.size() * pieces; }
   int64_t start(int64_t k) const { return plan.kept[k / pieces].memory + k % pieces * length; }
@@ -1025,16 +1026,19 @@ struct Columns {
   const uint8_t* mask(const uint8_t* mask, int64_t k, int64_t r) const {
     return mask + plan.kept[k / pieces].mask + plan.reduced[r].mask + (kAcross ? 0 : k % pieces * length);
   }
-  // Statistics, one for each distinct column.
-  void gather(int64_t k, const float* from, float* to) const {
+  // Statistics, one for each distinct column: where they are if that is what they are, or else in place.
+  const float* each(int64_t k, const float* from, float* place) const {
     const int64_t n = distinct(k);
-    if (statistics(k) == n) {
-      std::copy_n(from, n, to);
-    } else if (plan.block > 0) {
-      for (int64_t g = 0; g < plan.groups; ++g) std::fill_n(to + g * plan.block, plan.block, from[g]);
+    if (statistics(k) == n) return from;
+    if (plan.block > 0) {
+      for (int64_t g = 0; g < plan.groups; ++g) std::fill_n(place + g * plan.block, plan.block, from[g]);
     } else {
-      for (int64_t c = 0; c < n; ++c) to[c] = from[plan.group[c]];
+      for (int64_t c = 0; c < n; ++c) place[c] = from[plan.group[c]];
     }
+    return place;
+  }
+  void gather(int64_t k, const float* from, float* to) const {
+    if (each(k, from, to) == from) std::copy_n(from, distinct(k), to);
   }
   // For each statistic the sum of f over its columns.
   template <class F>
@@ -1055,14 +1059,30 @@ struct Columns {
       for (int64_t i = 1; i < plan.repeat; ++i)
         std::copy_n(part.at(column), plan.channels, part.at(column) + i * plan.channels);
   }
-  // The sums of a block of rows join the total.
-  void flush(int64_t k, ColumnsPart& part) const {
+  void clear(ColumnsPart& part) const {
+    part.clear();
+    if (plan.repeat > 1) open(part);
+  }
+  // Rows are summed in blocks. The first is the total, unless its columns repeat, further ones join it.
+  void open(ColumnsPart& part) const {
+    part.block = kP;
+    part.pending = 0;
+    std::fill_n(part.at(kP), 2 * part.width, 0.f);
+  }
+  void make_room(int64_t k, int64_t rows, ColumnsPart& part) const {
+    if (part.pending + rows > kRows) {
+      join(k, part);
+      open(part);
+    }
+    part.pending += rows;
+  }
+  void join(int64_t k, ColumnsPart& part) const {
+    if (part.block == kS1) return;
     const int64_t n = distinct(k);
     for (const auto& [total, block] : {std::pair(kS1, kP), std::pair(kS2, kQ)}) {
       float *to = part.at(total), *from = part.at(block);
       for (int64_t i = 0; i < plan.repeat; ++i)
         for (int64_t c = 0; c < n; ++c) to[c] += from[i * n + c];
-      std::fill(from, from + columns(k), 0.f);
     }
   }
 };
@@ -1073,18 +1093,20 @@ struct ColumnsForward : Columns<kAcross, kMask> {
 
   ColumnsForward(const Plan& plan, const Forward<T>& args) : Columns<kAcross, kMask>(plan), args(args) {}
 
+  ColumnsPart part() const { return ColumnsPart(this->length, kMask ? 4 : 2); }
+
   // The coefficients of each column, from the statistics of its group.
-  void spread(int64_t k, ColumnsPart& part) const {
+  NORMZOO_FLATTEN void spread(int64_t k, ColumnsPart& part) const {
     const int64_t n = this->distinct(k), first = this->first(k);
     const vf eps = splat((float)args.eps);
     float *means = part.at(kMean), *scales = part.at(kScale), *adds = part.at(kAdd);
     this->gather(k, args.mean + first, means);
-    this->gather(k, args.scale ? args.scale + first : args.var + first, scales);
-    if (args.shift) this->gather(k, args.shift + first, adds);
+    const float* spreads = this->each(k, args.scale ? args.scale + first : args.var + first, scales);
+    const float* shifts = args.shift ? this->each(k, args.shift + first, adds) : nullptr;
     vectors(n, [&](int64_t i, int, auto whole) {
-      vf scale = load(scales + i, whole), add{};
+      vf scale = load(spreads + i, whole), add{};
       if (!args.scale) scale = 1 / root(scale + eps);
-      if (args.shift) add = load(adds + i, whole);
+      if (shifts) add = load(shifts + i, whole);
       if constexpr (kAcross) {
         const vf weight = load(args.weight + i, whole);
         scale *= weight;
@@ -1097,38 +1119,43 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     this->repeat(part, {kMean, kScale, kAdd, kFloor});
   }
 
-  void begin(int64_t k, ColumnsPart& part) const {
-    part.clear();
+  NORMZOO_FLATTEN void begin(int64_t k, ColumnsPart& part) const {
+    this->clear(part);
     part.passes = 0;
     if (args.known) return spread(k, part);
     // the mean of some rows: one alone is often far from that of all, in one of many columns
-    const int64_t n = this->distinct(k), rows = this->plan.reduced.size();
-    const int64_t many = args.centred ? std::clamp<int64_t>(rows / 16, 1, 8) : 0;
-    float *shift = part.at(kShift), *number = part.at(kMean);
-    std::fill_n(shift, n, 0.f);
-    std::fill_n(number, n, 0.f);
+    constexpr int64_t kMost = 8;
+    const int64_t rows = this->plan.reduced.size();
+    const int64_t many = args.centred ? std::clamp<int64_t>(rows / 16, 1, kMost) : 0;
+    const T* some[kMost];
+    const uint8_t* masks[kMost];
+    int64_t real = 0;
     for (int64_t i = 0; i < many; ++i) {
       const int64_t r = rows * i / many;
-      const T* row = args.x + this->start(k) + this->plan.reduced[r].memory;
-      const uint8_t* mask = kMask ? this->mask(args.mask, k, r) : nullptr;
-      if (kAcross && kMask && !*mask) continue;
-      vectors(n, [&](int64_t c, int, auto whole) {
-        vf v = load(row + c, whole), one = splat(1.f / many);  // a share of it: the sum may leave float32
-        if constexpr (kMask && !kAcross) v = where(mask + c, v, whole), one = where(mask + c, one, whole);
-        store(shift + c, load(shift + c, whole) + v * one, whole);
-        store(number + c, load(number + c, whole) + one, whole);
-      });
+      if constexpr (kMask) {
+        masks[real] = this->mask(args.mask, k, r);
+        if (kAcross && !*masks[real]) continue;
+      }
+      some[real++] = args.x + this->start(k) + this->plan.reduced[r].memory;
     }
-    vectors(n, [&](int64_t c, int, auto whole) {
-      const vf real = load(number + c, whole);
-      store(shift + c, load(shift + c, whole) / (real == 0 ? splat(1) : real), whole);
+    const vf share = splat(many > 0 ? 1.f / many : 0);  // the sum of whole values may leave float32
+    vectors(this->distinct(k), [&](int64_t c, int, auto whole) {
+      vf mean{}, shares{};
+      for (int64_t i = 0; i < real; ++i) {
+        vf v = load(some[i] + c, whole) * share, one = share;
+        if constexpr (kMask && !kAcross) v = where(masks[i] + c, v, whole), one = where(masks[i] + c, one, whole);
+        mean += v;
+        shares += one;
+      }
+      if constexpr (kMask) mean /= shares == 0 ? splat(1) : shares;
+      store(part.at(kShift) + c, mean, whole);
     });
     this->repeat(part, {kShift});
   }
 
   template <int kMany>
   void add_rows(const T* const* rows, const uint8_t* const* masks, int64_t step, int64_t n, ColumnsPart& part) const {
-    float *t1 = part.at(kP), *t2 = part.at(kQ), *number = part.at(kCount);
+    float *t1 = part.at(part.block), *t2 = part.at(part.block + 1), *number = part.at(kCount);
     const float* from = part.at(kShift);
     const T* x[kMany];
     for (int j = 0; j < kMany; ++j) x[j] = rows[j * step];
@@ -1167,7 +1194,7 @@ struct ColumnsForward : Columns<kAcross, kMask> {
     const T* rows[kListed];
     const uint8_t* masks[kListed];
     for (int64_t r = from; r < to;) {
-      int64_t many = 0, pending = 0;
+      int64_t many = 0;
       for (; r < to && many < kListed; ++r) {
         if constexpr (kMask) {
           masks[many] = this->mask(args.mask, k, r);
@@ -1176,62 +1203,61 @@ struct ColumnsForward : Columns<kAcross, kMask> {
         rows[many++] = args.x + this->start(k) + this->plan.reduced[r].memory;
       }
       far_apart<kMany>(0, many, [&](auto together, int64_t first, int64_t step) {
+        this->make_room(k, together, part);
         add_rows<together>(rows + first, masks + first, step, n, part);
-        if ((pending += together) < kRows) return;
-        this->flush(k, part);
-        pending = 0;
       });
-      if (pending > 0) this->flush(k, part);
       part.rows += (double)(many * this->plan.repeat);
     }
+    this->join(k, part);
   }
 
-  bool settle(int64_t k, ColumnsPart& part) const {
+  NORMZOO_FLATTEN bool settle(int64_t k, ColumnsPart& part) const {
     const int64_t n = this->distinct(k), statistics = this->statistics(k), first = this->first(k);
     const float eps = (float)args.eps, rows = std::max(1.f, (float)part.rows);
     constexpr bool kEach = kMask && !kAcross;  // every column has a number of its own
-    float *off = part.at(kS1), *var = part.at(kS2), *number = part.at(kCount), *from = part.at(kShift);
-    vf far{};
-    vectors(n, [&](int64_t i, int, auto whole) {
+    float *number = part.at(kCount), *from = part.at(kShift);
+    // of a column: the mean, from its shift, and the variance
+    const auto moments = [&, s1 = part.at(kS1), s2 = part.at(kS2)](int64_t i, auto whole) {
       const vf inverse = 1 / (kEach ? at_least_one(load(number + i, whole)) : splat(rows));
-      const vf mean = args.centred ? load(off + i, whole) * inverse : vf{};
-      const vf spread = load(var + i, whole) * inverse - mean * mean;
-      far += only(mean * mean > (float)kFar * (spread + eps) ? splat(1) : vf{}, whole);
-      store(off + i, mean, whole);
-      store(var + i, spread, whole);
-    });
-    if (part.passes++ == 0 && sum(far) > 0) {
-      for (int64_t c = 0; c < n; ++c) from[c] += off[c];
-      this->repeat(part, {kShift});
-      part.clear();
-      return false;
+      const vf mean = args.centred ? load(s1 + i, whole) * inverse : vf{};
+      return std::pair(mean, load(s2 + i, whole) * inverse - mean * mean);
+    };
+    if (part.passes++ == 0) {
+      vf far{};
+      vectors(n, [&](int64_t i, int, auto whole) {
+        const auto [mean, var] = moments(i, whole);
+        far += only(mean * mean > (float)kFar * (var + eps) ? splat(1) : vf{}, whole);
+      });
+      if (sum(far) > 0) {
+        vectors(n, [&](int64_t i, int, auto whole) {
+          store(from + i, load(from + i, whole) + moments(i, whole).first, whole);
+        });
+        this->repeat(part, {kShift});
+        this->clear(part);
+        return false;
+      }
     }
     float *means = args.mean + first, *vars = args.var + first;
-    float* apart = part.at(kMean);  // the mean of a column, from its shift
-    std::copy_n(off, n, apart);
-    vectors(n, [&](int64_t i, int, auto whole) {  // the mean of the column; zero where nothing is real
-      const vf count = kEach ? load(number + i, whole) : splat((float)part.rows);
-      const vf mean = load(off + i, whole) + load(from + i, whole), spread = load(var + i, whole);
-      store(off + i, count == 0 ? vf{} : mean, whole);
-      store(var + i, (count == 0) | (spread < 0) ? vf{} : spread, whole);
-    });
     if (statistics == n) {
-      std::copy_n(off, n, means);
-      std::copy_n(var, n, vars);
+      vectors(n, [&](int64_t i, int, auto whole) {  // zero where nothing is real
+        const vf count = kEach ? load(number + i, whole) : splat((float)part.rows);
+        const auto [mean, var] = moments(i, whole);
+        store(means + i, count == 0 ? vf{} : mean + load(from + i, whole), whole);
+        store(vars + i, (count == 0) | (var < 0) ? vf{} : var, whole);
+      });
     } else if (part.rows == 0) {
       std::fill_n(means, statistics, 0.f);
       std::fill_n(vars, statistics, 0.f);
     } else {  // all from the shift of one column of the group: the means may be large and close to each other
       const float share = (float)statistics / (float)n;
-      float *base = part.at(kR), *middle = part.at(kWeight), *column = part.at(kBias);
+      float *apart = part.at(kMean), *base = part.at(kR), *middle = part.at(kWeight), *column = part.at(kBias);
       if (this->plan.block > 0)
         for (int64_t g = 0; g < statistics; ++g) base[g] = from[g * this->plan.block];
       else
         for (int64_t c = n; c-- > 0;) base[this->group(c)] = from[c];
       this->gather(k, base, column);
       vectors(n, [&](int64_t i, int, auto whole) {
-        const vf far_from = load(from + i, whole) - load(column + i, whole);
-        store(apart + i, load(apart + i, whole) + far_from, whole);
+        store(apart + i, moments(i, whole).first + (load(from + i, whole) - load(column + i, whole)), whole);
       });
       this->fold(middle, [&](int64_t i, auto whole) { return load(apart + i, whole); });
       for (int64_t g = 0; g < statistics; ++g) {
@@ -1241,7 +1267,8 @@ struct ColumnsForward : Columns<kAcross, kMask> {
       this->gather(k, middle, column);
       this->fold(vars, [&](int64_t i, auto whole) {
         const vf off = args.centred ? load(apart + i, whole) - load(column + i, whole) : vf{};
-        return load(var + i, whole) + off * off;
+        const vf var = moments(i, whole).second;
+        return (var < 0 ? vf{} : var) + off * off;
       });
       for (int64_t g = 0; g < statistics; ++g) vars[g] *= share;
     }
@@ -1308,19 +1335,20 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
 
   ColumnsBackward(const Plan& plan, const Backward<T>& args) : Columns<kAcross, kMask>(plan), args(args) {}
 
-  void begin(int64_t k, ColumnsPart& part) const {
-    part.clear();
+  ColumnsPart part() const { return ColumnsPart(this->length, kLimited ? 4 : 2); }
+
+  NORMZOO_FLATTEN void begin(int64_t k, ColumnsPart& part) const {
+    this->clear(part);
     const int64_t n = this->distinct(k), first = this->first(k);
     const vf eps = splat((float)args.eps);
     float *scales = part.at(kScale), *weights = part.at(kWeight);
     this->gather(k, args.mean + first, part.at(kMean));
     if constexpr (kAcross) std::copy_n(args.weight, n, weights);
-    if constexpr (!kAcross) std::fill_n(weights, n, 1.f);
     if (args.scale) this->gather(k, args.scale + first, scales);
     if (args.var) {
-      this->gather(k, args.var + first, scales);
+      const float* vars = this->each(k, args.var + first, scales);
       vectors(n, [&](int64_t i, int, auto whole) {
-        store(scales + i, 1 / root(load(scales + i, whole) + eps), whole);
+        store(scales + i, 1 / root(load(vars + i, whole) + eps), whole);
       });
     }
     this->repeat(part, {kMean, kScale});
@@ -1333,7 +1361,8 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
     this->gather(k, args.p + first, part.at(kP));
     this->gather(k, args.q + first, part.at(kQ));
     this->gather(k, args.r + first, part.at(kR));
-    for (int64_t c = 0; c < n; ++c) part.at(kP)[c] *= weights[c];
+    if constexpr (kAcross)
+      for (int64_t c = 0; c < n; ++c) part.at(kP)[c] *= weights[c];
     this->repeat(part, {kP, kQ, kR});
   }
 
@@ -1349,7 +1378,7 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
   template <int kMany>
   void add_across(const T* const* xs, const T* const* dys, int64_t n, ColumnsPart& part) const {
     const Rows<T, kMany> x(xs), dy(dys);
-    float *t1 = part.at(kP), *t2 = part.at(kQ), *under = part.at(kBelow);
+    float *t1 = part.at(part.block), *t2 = part.at(part.block + 1), *under = part.at(kBelow);
     const float* means = part.at(kMean);
     vectors(n, [&](int64_t i, int, auto whole) {
       vf a = load(t1 + i, whole), b = load(t2 + i, whole), dropped{};
@@ -1375,7 +1404,7 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
   void add_along(const T* const* xs, const T* const* dys, const uint8_t* const* masks, const int64_t* channels,
                  int64_t n, ColumnsPart& part) const {
     const Rows<T, kMany> x(xs), dy(dys);
-    float *t1 = part.at(kP), *t2 = part.at(kQ);
+    float *t1 = part.at(part.block), *t2 = part.at(part.block + 1);
     const float *means = part.at(kMean), *scales = part.at(kScale);
     vf sums[kMany] = {}, products[kMany] = {}, weight[kMany];
     for (int j = 0; j < kMany; ++j) weight[j] = splat(args.weight[channels[j]]);
@@ -1435,11 +1464,12 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
       if (many == 0) continue;
       follow(xs, many, kMany);
       follow(dys, many, kMany);
+      this->make_room(k, many, part);
       int64_t j = 0;
       for (; j + kMany <= many; j += kMany) add_rows<kMany>(xs + j, dys + j, masks + j, channels + j, n, part);
       for (; j < many; ++j) add_rows<1>(xs + j, dys + j, masks + j, channels + j, n, part);
-      this->flush(k, part);
     }
+    this->join(k, part);
     if constexpr (kLimited) {
       float* under = part.at(kBelow);
       for (int64_t i = this->plan.channels; i < n; ++i) {
@@ -1449,10 +1479,13 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
     }
   }
 
-  bool settle(int64_t k, ColumnsPart& part) const {
+  NORMZOO_FLATTEN bool settle(int64_t k, ColumnsPart& part) const {
     const int64_t n = this->distinct(k), statistics = this->statistics(k), first = this->first(k);
-    const float *s1 = part.at(kS1), *s2 = part.at(kS2), *scale = part.at(kScale), *weight = part.at(kWeight);
-    float *a = part.at(kCount), *b = part.at(kBelow);  // sums of each statistic, then of the statistic of each column
+    const float *s1 = part.at(kS1), *s2 = part.at(kS2), *scale = part.at(kScale);
+    // the sum of a column, its rows weighted or else itself
+    const auto weighted = [weight = part.at(kWeight)](const float* from, int64_t i, auto whole) {
+      return kAcross ? load(from + i, whole) * load(weight + i, whole) : load(from + i, whole);
+    };
     if constexpr (kAcross) {
       float *dweight = args.shares->weight(), *dbias = args.shares->bias(), *dfloor = args.shares->floor();
       for (int64_t c = 0; c < n; ++c) {
@@ -1461,32 +1494,32 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
         if (kLimited) dfloor[c] += part.at(kBelow)[c];
       }
     }
-    float *sums = a, *products = b;
-    if (statistics == n) {
-      for (int64_t c = 0; c < n; ++c) a[c] = s1[c] * weight[c], b[c] = s2[c] * weight[c];
-    } else {
-      sums = part.at(kShift), products = sums + statistics;
-      this->fold(sums, [&](int64_t i, auto whole) { return load(s1 + i, whole) * load(weight + i, whole); });
-      this->fold(products, [&](int64_t i, auto whole) { return load(s2 + i, whole) * load(weight + i, whole); });
+    const bool alone = statistics == n, only_sums = args.what == Do::sums;
+    float *sums = only_sums ? args.sum + first : part.at(kShift);
+    float *products = only_sums ? args.product + first : sums + statistics;
+    if (!alone) {
+      this->fold(sums, [&](int64_t i, auto whole) { return weighted(s1, i, whole); });
+      this->fold(products, [&](int64_t i, auto whole) { return weighted(s2, i, whole); });
+    } else if (only_sums) {
+      vectors(n, [&](int64_t i, int, auto whole) {
+        store(sums + i, weighted(s1, i, whole), whole);
+        store(products + i, weighted(s2, i, whole), whole);
+      });
     }
-    if (args.what == Do::sums) {
-      std::copy_n(sums, statistics, args.sum + first);
-      std::copy_n(products, statistics, args.product + first);
-      return true;
-    }
-    if (statistics != n) {
-      this->gather(k, sums, a);
-      this->gather(k, products, b);
-    }
-    float *p = part.at(kP), *q = part.at(kQ), *r = part.at(kR), *number = part.at(kAdd);
-    if (args.number) this->gather(k, args.number + first, number);
+    if (only_sums) return true;
+    const float* a = alone ? s1 : this->each(k, sums, part.at(kCount));
+    const float* b = alone ? s2 : this->each(k, products, part.at(kBelow));
+    float *p = part.at(kP), *q = part.at(kQ), *r = part.at(kR);
+    const float* number = args.number ? this->each(k, args.number + first, part.at(kAdd)) : nullptr;
     const bool moving = !args.constant;
     vectors(n, [&](int64_t i, int, auto whole) {
-      const vf count = args.number ? at_least_one(load(number + i, whole)) : splat((float)this->plan.count);
+      const vf sum = alone ? weighted(a, i, whole) : load(a + i, whole);
+      const vf product = alone ? weighted(b, i, whole) : load(b + i, whole);
+      const vf count = number ? at_least_one(load(number + i, whole)) : splat((float)this->plan.count);
       const vf factor = load(scale + i, whole), ratio = moving ? factor / count : vf{};
-      store(p + i, factor * load(weight + i, whole), whole);
-      store(q + i, -(load(b + i, whole) * factor) * ratio * factor, whole);  // the cube would leave float32
-      store(r + i, args.centred ? -ratio * load(a + i, whole) : vf{}, whole);
+      store(p + i, weighted(scale, i, whole), whole);
+      store(q + i, -(product * factor) * ratio * factor, whole);  // the cube would leave float32
+      store(r + i, args.centred ? -ratio * sum : vf{}, whole);
     });
     this->repeat(part, {kP, kQ, kR});
     return true;

@@ -32,6 +32,8 @@ typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
 #define NORMZOO_INLINE inline __attribute__((always_inline))
+// What it calls is inlined, closures too that see every vector.
+#define NORMZOO_FLATTEN __attribute__((flatten))
 
 // Floats that begin with a cache line, for a vector that crosses one is read twice, and are not set unless a value is
 // given.
