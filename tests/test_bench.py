@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -516,9 +517,10 @@ def test_an_interrupted_suite_keeps_what_it_has(tmp_path):
         raise KeyboardInterrupt
 
     row = measure_case(Case((6, 8)), [Subject("layer_norm")], (), effort=ONCE)
-    done = suite.Section("first", lambda effort: suite.Found(row, targets=[suite.Target("one", 2.0, 1.0)]))
+    judge = lambda found: [suite.Target("one", 2.0, 1.0)]  # noqa: E731
+    done = suite.Section("first", lambda effort: suite.Found(row), judge)
     out = tmp_path / "speed.json"
-    run = suite.run_suite(out, [done, suite.Section("second", stop)], ONCE)
+    run = suite.run_suite(out, [done, suite.Section("second", stop, judge)], ONCE)
     next(run)
     with pytest.raises(KeyboardInterrupt):
         next(run)
@@ -549,29 +551,58 @@ def test_the_suite_covers_every_layout_and_dtype():
         assert any(part in name for name in names), part
 
 
+def test_a_figure_of_the_suite_is_the_middle_one_of_its_passes(tmp_path):
+    times = iter([5.0, 1.0, 3.0])
+
+    def measure(effort):
+        second = next(times)
+        floor = Row("", "floor", "1x1", "tokens", "float32", "cpu", "both", seconds=1.0, floors=1.0, rounds=2)
+        return suite.Found([floor, replace(floor, norm="a", contender="normzoo", seconds=second, floors=second)])
+
+    def judge(found):
+        return [suite.Target("a", found.row("a").floors, 2.0)]
+
+    again = suite.Section("again", measure, judge)
+    counted = []
+    once = suite.Section("once", lambda effort: counted.append(effort.seconds) or suite.Found(), lambda found: [], True)
+    run = suite.run_suite(tmp_path / "speed.json", [again, once], Effort(seconds=6.0), passes=3)
+    found = [(number, [target.value for target in found.targets]) for part, found, number in run if part is again]
+    assert found == [(1, [5.0]), (2, [3.0]), (3, [3.0])]
+    assert counted == [6.0], "what is measured once has all the time"
+    kept = json.loads((tmp_path / "speed.json").read_text())
+    assert kept["complete"]
+    assert [(row["seconds"], row["rounds"]) for row in kept["sections"]["again"]["rows"]] == [(1.0, 6), (3.0, 6)]
+
+
 def test_the_parts_of_the_suite_judge_what_they_measure():
     image, rows = Case((8, 16, 4, 4), "channels-last"), Case((8, 16), "tokens", "bfloat16")
-    found = suite._norms(image, ("torch.nn",), suite._standard, ONCE)
-    judged = [target.what for target in found.targets]
+    found = suite._rows(image, suite.NORMS, ("torch.nn",), ONCE)
+    targets = suite._standard(image, found)
+    judged = [target.what for target in targets]
     for norm in (*suite.NORMS[:-1], "HaloNorm(groups=8)"):
         assert f"{norm}: multiple of the floor" in judged
     assert "rms_norm: time over torch.nn's" in judged
-    limits = {target.what.partition(":")[0]: target.limit for target in found.targets if "floor" in target.what}
+    limits = {target.what.partition(":")[0]: target.limit for target in targets if "floor" in target.what}
     assert set(limits.values()) == {1.6, 2.0}
 
-    assert {t.limit for t in suite._norms(rows, (), suite._standard, ONCE).targets} == {2.0}
-    assert len(suite._relatives(image, ONCE).targets) == 5
-    assert len(suite._small(rows, ("torch.nn",), ONCE).targets) == 6
-    assert all(target.met for target in suite._gradients(Case((64, 16), "tokens", "bfloat16"), ONCE).targets)
-    recurrent = suite._recurrent(Recurrent("lstm", 3, 4, 8), ONCE)
-    assert [target.limit for target in recurrent.targets] == [1.15] * 3
-    assert all(target.value > 0 for target in recurrent.targets)
+    small = suite._rows(rows, suite.NORMS, ("torch.nn",), ONCE)
+    assert {t.limit for t in suite._standard(rows, small) if "floor" in t.what} == {2.0}
+    assert len(suite._small(small)) == 6
+    assert len(suite._like_batch_norm(suite._relatives(image, ONCE))) == 5
+    assert all(target.met for target in suite._exact(suite._gradients(Case((64, 16), "tokens", "bfloat16"), ONCE)))
+    recurrent = Recurrent("lstm", 3, 4, 8)
+    inside = suite._beside_plain(recurrent, suite._recurrent(recurrent, ONCE))
+    assert [target.limit for target in inside] == [1.15] * 3
+    assert all(target.value > 0 for target in inside)
+    step = {"task": "t", "bare": 1.0, "ours": 1.1, "ratio": 1.1}
+    assert [t.value for t in suite._beside_bare(suite.Found(steps=[step, step]))] == [1.1]
     on_gpu = suite._on_gpu(image, found)
     assert sum(target.least for target in on_gpu) == len(on_gpu) == 7 * 2 + 3
     faster = next(t for t in on_gpu if t.what == "instance_norm: times as fast as torch.nn")
     theirs, ours = found.row("instance_norm", "torch.nn"), found.row("instance_norm")
     assert faster.value == pytest.approx(theirs.floors / ours.floors)
 
+    found.targets = targets
     record = {"command": "x", "complete": True, "machine": {}, "sections": {"a": suite._as_dict(found)}}
     table = suite.page(json.loads(json.dumps(record)))
     assert "| rms_norm |" in table

@@ -124,9 +124,13 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
     parts = suite.sections(device, compiled)
     _need_folder(out, "--out")
     console = _begin(device, effort, ("compile",) if compiled else ())
-    targets = []
+    targets, begun = [], False
     try:
-        for part, found in suite.run_suite(out, parts, effort, device=device, compiled=compiled):
+        for part, found, number in suite.run_suite(out, parts, effort, device=device, compiled=compiled):
+            begun = True
+            if number < suite.PASSES:
+                console.print(f"pass {number} of {suite.PASSES}: {part.name}", markup=False)
+                continue
             console.print(part.name, style="bold")
             for note in found.notes:
                 console.print(f"  {note}", markup=False)
@@ -139,7 +143,7 @@ def run_suite_command(device: str, compiled: bool, effort: Effort, out: Path) ->
                 console.print(f"  {gain.gain:.2f}x  {gain.workload}")
             targets += found.targets
     except KeyboardInterrupt:
-        console.print(f"interrupted: what was measured is in {out}" if targets else "interrupted")
+        console.print(f"interrupted: what was measured is in {out}" if begun else "interrupted")
         raise
     console.print(f"{sum(target.met for target in targets)} of {len(targets)} targets met; written to {out}")
     return int(not all(target.met for target in targets))

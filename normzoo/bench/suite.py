@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,9 @@ RELATIVES = ("batch_renorm", "ghost_batch_norm", "switchable_norm", "filter_resp
 _HALO = "HaloNorm(groups=8)"
 
 NOT_SLOWER = 1 / 0.95
+
+PASSES = 3
+"""How often the suite is measured from beginning to end; a figure is the median over the passes."""
 
 
 @dataclass
@@ -88,10 +92,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the suite."""
+    """A part of the suite.
+
+    Attributes:
+        name: its title.
+        measure: fills everything but the targets.
+        judge: the targets, by what was measured.
+        once: whether one pass is enough.
+    """
 
     name: str
-    run: Callable[[Effort], Found]
+    measure: Callable[[Effort], Found]
+    judge: Callable[[Found], list[Target]]
+    once: bool = False
 
 
 def sections(device: str = "cpu", compiled: bool = False) -> list[Section]:
@@ -111,35 +124,35 @@ def sections(device: str = "cpu", compiled: bool = False) -> list[Section]:
         for dtype in ("float32", "bfloat16"):
             case = Case(shape, layout, dtype, device)
             judge = _on_gpu if device == "cuda" else _standard
-            found.append(Section(str(case), partial(_norms, case, against, judge)))
+            found.append(Section(str(case), partial(_rows, case, NORMS, against), partial(judge, case)))
     if device == "cuda":
         return found
     for layout in ("channels-first", "channels-last"):
         case = Case(MAPS, layout)
-        found.append(Section(str(case), partial(_norms, case, against, _beside)))
+        found.append(Section(str(case), partial(_rows, case, NORMS, against), _beside))
     for shape, layout in shapes[:3]:
         case = Case(shape, layout)
-        found.append(Section(f"relatives of batch norm, {case}", partial(_relatives, case)))
+        found.append(Section(f"relatives of batch norm, {case}", partial(_relatives, case), _like_batch_norm))
     small = Case(SMALL, "tokens")
-    found.append(Section(f"small calls, {small}", partial(_small, small, against)))
+    norms = [norm for norm in NORMS if norm != "instance_norm"]
+    found.append(Section(f"small calls, {small}", partial(_rows, small, norms, against), _small))
     many = Case(MANY_ROWS, "tokens", "bfloat16")
-    found.append(Section(f"gradients against float64, {many}", partial(_gradients, many)))
+    found.append(Section(f"gradients against float64, {many}", partial(_gradients, many), _exact, once=True))
     for model in ("lstm", "gru"):
         for steps in (64, 256):
             recurrent = Recurrent(model, steps)
-            found.append(Section(f"{model} of {steps} steps, norms inside", partial(_recurrent, recurrent)))
-    found.append(Section("keeping pages", _pages))
-    found.append(Section("a training step of the tasks", _training_step))
+            name = f"{model} of {steps} steps, norms inside"
+            found.append(Section(name, partial(_recurrent, recurrent), partial(_beside_plain, recurrent)))
+    found.append(Section("keeping pages", _pages, lambda _: [], once=True))
+    found.append(Section("a training step of the tasks", _training_step, _beside_bare, once=True))
     return found
 
 
-def _norms(case: Case, against: Sequence[str], judge: Callable[[Case, Found], list[Target]], effort: Effort) -> Found:
-    found = Found(measure_case(case, [Subject(norm) for norm in NORMS], against, effort=effort))
-    found.targets = judge(case, found)
-    return found
+def _rows(case: Case, norms: Sequence[str], against: Sequence[str], effort: Effort) -> Found:
+    return Found(measure_case(case, [Subject(norm) for norm in norms], against, effort=effort))
 
 
-def _beside(_: Case, found: Found) -> list[Target]:
+def _beside(found: Found) -> list[Target]:
     targets = []
     for norm in (*NORMS[:-1], _HALO):
         ours, rivals = found.row(norm), [found.row(norm, name) for name in (TORCH, *COMPILED)]
@@ -151,7 +164,7 @@ def _beside(_: Case, found: Found) -> list[Target]:
 
 def _standard(case: Case, found: Found) -> list[Target]:
     limit = 1.6 if case.dtype == "float32" else 2.0
-    targets = _beside(case, found)
+    targets = _beside(found)
     for norm in (*NORMS[:-1], _HALO):
         if (ours := found.row(norm)) is not None:  # one value per statistic is refused, as the rows say
             targets.append(Target(f"{norm}: multiple of the floor", ours.floors, 2.0 if norm == _HALO else limit))
@@ -191,41 +204,54 @@ def _on_gpu(case: Case, found: Found) -> list[Target]:
 
 def _relatives(case: Case, effort: Effort) -> Found:
     subjects = [Subject("batch_norm"), Subject("batch_norm", masked=True), *map(Subject, RELATIVES)]
-    found = Found(measure_case(case, subjects, (), effort=effort))
+    return Found(measure_case(case, subjects, (), effort=effort))
+
+
+def _like_batch_norm(found: Found) -> list[Target]:
     ours = found.row("batch_norm")
-    for norm in ("batch_norm masked", *RELATIVES):
-        found.targets.append(Target(f"{norm}: time over our batch norm's", found.times(found.row(norm), ours), 1.5))
-    return found
+    return [
+        Target(f"{norm}: time over our batch norm's", found.times(found.row(norm), ours), 1.5)
+        for norm in ("batch_norm masked", *RELATIVES)
+    ]
 
 
-def _small(case: Case, against: Sequence[str], effort: Effort) -> Found:
-    norms = [norm for norm in NORMS if norm != "instance_norm"]
-    found = Found(measure_case(case, [Subject(norm) for norm in norms], against, effort=effort))
+def _small(found: Found) -> list[Target]:
     native = found.row("layer_norm", TORCH)
-    for norm in (*norms[:-1], _HALO):
-        value = found.times(found.row(norm), native)
-        found.targets.append(Target(f"{norm}: time over torch.nn.LayerNorm's", value, 1.1))
-    return found
+    return [
+        Target(f"{norm}: time over torch.nn.LayerNorm's", found.times(found.row(norm), native), 1.1)
+        for norm in (*NORMS[:-1], _HALO)
+        if norm != "instance_norm"
+    ]
 
 
 def _gradients(case: Case, effort: Effort) -> Found:
     norms = ("batch_norm", GROUP, "layer_norm", "rms_norm", HALO)
-    found = Found(errors=measure_accuracy(case, [Subject(norm) for norm in norms]))
+    return Found(errors=measure_accuracy(case, [Subject(norm) for norm in norms]))
+
+
+def _exact(found: Found) -> list[Target]:
+    targets = []
     for errors in found.errors:
         if errors.contender == OURS:
             worst = max((e for e in (errors.weight, errors.bias) if e is not None), default=None)
-            found.targets.append(Target(f"{errors.norm}: relative error of the parameter gradients", worst, 0.005))
-    return found
+            targets.append(Target(f"{errors.norm}: relative error of the parameter gradients", worst, 0.005))
+    return targets
+
+
+INSIDE = ("layer_norm", "batch_norm", "rms_norm")
 
 
 def _recurrent(recurrent: Recurrent, effort: Effort) -> Found:
-    norms = ("layer_norm", "batch_norm", "rms_norm")
-    found = Found(measure_recurrent(recurrent, norms, effort=effort))
-    for norm in norms:
+    return Found(measure_recurrent(recurrent, INSIDE, effort=effort))
+
+
+def _beside_plain(recurrent: Recurrent, found: Found) -> list[Target]:
+    targets = []
+    for norm in INSIDE:
         row = found.row(norm)
         what = f"{norm} inside: time over torch.nn.{recurrent.model.upper()}'s without any"
-        found.targets.append(Target(what, None if row is None else row.floors, 1.15))
-    return found
+        targets.append(Target(what, None if row is None else row.floors, 1.15))
+    return targets
 
 
 def _pages(effort: Effort) -> Found:
@@ -246,40 +272,77 @@ def _training_step(effort: Effort) -> Found:
     )
     if done.returncode:
         raise NormzooError(f"{script} failed:\n{done.stderr.strip()}")
-    found = Found(steps=json.loads(done.stdout))
-    first = found.steps[0]
-    found.targets.append(Target(f"{first['task']}: time of a step over a bare loop's", first["ratio"], 1.15))
-    return found
+    return Found(steps=json.loads(done.stdout))
+
+
+def _beside_bare(found: Found) -> list[Target]:
+    return [
+        Target(f"{step['task']}: time of a step over a bare loop's", step["ratio"], 1.15) for step in found.steps[:1]
+    ]
 
 
 # ---- running it ------------------------------------------------------------------------------------------------------
 
 
 def run_suite(
-    out: Path, parts: Sequence[Section], effort: Effort, *, device: str = "cpu", compiled: bool = False
-) -> Iterator[tuple[Section, Found]]:
-    """Measure section after section, each written to ``out`` before the next begins.
+    out: Path,
+    parts: Sequence[Section],
+    effort: Effort,
+    *,
+    passes: int = PASSES,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> Iterator[tuple[Section, Found, int]]:
+    """Measure section after section, pass after pass, each written to ``out`` before the next begins.
+
+    A machine that others use too is slow in one minute and fast in the next, and so are the places where tensors come
+    to lie: the passes are minutes apart, and what counts is the median over them.
 
     Args:
         out: a JSON file; rows go beside it as ``.csv``, the page's tables as ``.inc``.
         parts: the sections.
-        effort: how long each.
+        effort: how long each, over all passes.
+        passes: how often.
         device: for the record.
         compiled: for the record.
 
     Yields:
-        Each section and what it found.
+        Each section, what its passes found so far, and the number of the pass, from 1 on.
 
     Raises:
         NormzooError: when the files cannot be written.
     """
-    kept: dict[str, Found] = {}
+    kept: dict[str, list[Found]] = {part.name: [] for part in parts}
     facts = machine(device, effort.threads)
     command = "normzoo bench --suite" + " --compile" * compiled + (" --device cuda" if device == "cuda" else "")
-    for number, part in enumerate(parts):
-        kept[part.name] = part.run(effort)
-        _write(out, command, facts, kept, complete=number + 1 == len(parts))
-        yield part, kept[part.name]
+    each = replace(effort, seconds=effort.seconds / passes)
+    found: dict[str, Found] = {}
+    for number in range(1, passes + 1):
+        for part in parts:
+            if number == 1 or not part.once:
+                kept[part.name].append(part.measure(effort if part.once else each))
+                found[part.name] = middle(kept[part.name])
+                found[part.name].targets = part.judge(found[part.name])
+            _write(out, command, facts, found, complete=number == passes and part is parts[-1])
+            yield part, found[part.name], number
+
+
+def middle(passes: Sequence[Found]) -> Found:
+    """What several passes over a section found: every number of a row is the median over them."""
+    rows: dict[tuple[str, str, str], list[Row]] = {}
+    for found in passes:
+        for row in found.rows:
+            rows.setdefault((row.norm, row.contender, row.direction), []).append(row)
+    return replace(passes[0], rows=[_middle_row(same) for same in rows.values()])
+
+
+def _middle_row(same: Sequence[Row]) -> Row:
+    timed = [row for row in same if row.seconds is not None] or same
+    numbers = {}
+    for name in ("seconds", "low", "high", "gb_per_s", "floors", "to_best"):
+        values = [value for row in timed if (value := getattr(row, name)) is not None]
+        numbers[name] = statistics.median(values) if values else None
+    return replace(timed[0], **numbers, rounds=sum(row.rounds for row in timed))
 
 
 def _write(out: Path, command: str, facts: Mapping[str, str], kept: Mapping[str, Found], complete: bool) -> None:
@@ -321,7 +384,7 @@ def page(record: Mapping) -> str:
     met = sum(target["met"] for target in targets)
     parts = [f"`{record['command']}`: {facts}."]
     if not record["complete"]:
-        parts.append("Interrupted: the last sections are missing.")
+        parts.append("Interrupted: sections or passes are missing.")
     parts.append(f"{met} of {len(targets)} targets are met.")
     for name, section in record["sections"].items():
         parts.append(f"### {name}")
