@@ -75,6 +75,7 @@ constexpr int64_t kBlock = 4096;  // elements or rows summed in float32 before t
 constexpr int64_t kRows = 256;
 constexpr int64_t kListed = 2048;  // rows, of which some that lie far apart are read together
 constexpr int kStrip = 4;  // vectors of a row that are read together
+constexpr uint64_t kPage = 4096;  // bytes
 constexpr int64_t kShortRun = 16 * kLanes, kManyShort = 64;
 
 // Where results go. A large one is streamed past the caches, which spares reading the lines that are written.
@@ -950,22 +951,33 @@ enum Column { kS1, kS2, kCount, kBelow, kShift, kMean, kScale, kAdd, kP, kQ, kR,
 struct ColumnsPart {
   int64_t width, sums;
   int64_t block = kS1, pending = 0;  // where rows are being summed, kS1 or kP, and how many they are
-  Floats data;  // kColumns rows of the width
+  int64_t begin = 0;
+  Floats data;  // kColumns rows of the width, from the beginning on
   double rows = 0;
   int passes = 0;
 
   ColumnsPart(int64_t columns, int64_t sums)
-      : width((columns + kLanes - 1) / kLanes * kLanes), sums(sums), data(kColumns * width) {}
-  float* at(int which) { return data.data() + which * width; }
-  const float* at(int which) const { return data.data() + which * width; }
+      : width((columns + kLanes - 1) / kLanes * kLanes), sums(sums), data(kColumns * width + kPage / sizeof(float)) {}
+  float* at(int which) { return data.data() + begin + which * width; }
+  const float* at(int which) const { return data.data() + begin + which * width; }
+
+  // Begin where sums that are stored do not lie, within their page, where the rows are loaded next: a processor takes
+  // such a load to depend on the store. Rows of whole pages would meet that at every vector.
+  template <class T>
+  void avoid(std::initializer_list<const T*> rows) {
+    constexpr uint64_t kLine = 64, kAhead = 24 * kLine;
+    const auto place = [&] { return reinterpret_cast<uint64_t>(at(kS1)); };
+    const auto met = [&](const T* row) { return (place() - reinterpret_cast<uint64_t>(row) - kLine) % kPage < kAhead; };
+    while (std::any_of(rows.begin(), rows.end(), met)) begin += kLine / sizeof(float);
+  }
 
   void clear() {
-    std::fill_n(data.begin(), sums * width, 0.f);
+    std::fill_n(at(kS1), sums * width, 0.f);
     block = kS1;
     rows = pending = 0;
   }
   void merge(const ColumnsPart& other) {
-    for (int64_t i = 0; i < sums * width; ++i) data[i] += other.data[i];
+    for (int64_t i = 0; i < sums * width; ++i) at(kS1)[i] += other.at(kS1)[i];
     rows += other.rows;
   }
 };
@@ -1335,7 +1347,11 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
 
   ColumnsBackward(const Plan& plan, const Backward<T>& args) : Columns<kAcross, kMask>(plan), args(args) {}
 
-  ColumnsPart part() const { return ColumnsPart(this->length, kLimited ? 4 : 2); }
+  ColumnsPart part() const {
+    ColumnsPart part(this->length, kLimited ? 4 : 2);
+    if constexpr (!kAcross) part.avoid({args.x, args.dy});
+    return part;
+  }
 
   NORMZOO_FLATTEN void begin(int64_t k, ColumnsPart& part) const {
     this->clear(part);
