@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -475,6 +475,22 @@ def test_in_process_a_signal_interrupts_too(tmp_path, number):
     summary = run(tiny(norms=["none", f"{file}:Stops"], seeds=[0]), tmp_path, in_process=True)
     assert (summary.done, summary.unfinished, summary.exit_code) == (1, 1, 128 + number)
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("attempt", range(1, runner.ATTEMPTS + 1))
+def test_a_process_that_ctrl_c_ends_is_neither_started_again_nor_failed(tmp_path, attempt):
+    cell, stop, said = tiny().cells()[0], runner._Signals(), []
+    display: Any = SimpleNamespace(stop=lambda cell: None, say=said.append, finish=lambda cell, row: said.append(row))
+    ended: Any = SimpleNamespace(exitcode=1)  # as a process does that has not yet come to ignore the signal
+    store.cell_dir(tmp_path, cell.id).mkdir(parents=True)
+    going = runner._Run(tmp_path, [cell], 1, stop, display)
+    stop.signal = signal.SIGINT
+    assert going._settle(runner._Job(cell, attempt, ended))
+    assert not said
+    assert store.load_result(tmp_path, cell.id) is None
+    stop.signal = None
+    assert going._settle(runner._Job(cell, attempt, ended)) == (attempt == runner.ATTEMPTS)
+    assert len(said) == 1
 
 
 @pytest.mark.usefixtures("own_registry")

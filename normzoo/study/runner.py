@@ -312,7 +312,7 @@ class _Run:
         row = self._row_of(job)
         if row is not None:
             self.display.finish(job.cell, row)
-        elif job.cell.id not in self.unwritten:
+        elif self.stop.signal is None and job.cell.id not in self.unwritten:
             self.display.say(f"{job.cell.label}: {_how_it_ended(job.process)}; starting it again")
             return False
         return True
@@ -320,7 +320,7 @@ class _Run:
     def _row_of(self, job: _Job) -> dict[str, Any] | None:
         """The row of a cell whose process has ended; None when it has to be started again, or cannot be written."""
         row = store.load_result(self.directory, job.cell.id)
-        if row is not None:
+        if row is not None or self.stop.signal is not None:  # Ctrl-C ends a process that has only begun as well
             return row
         if job.process.exitcode == CANNOT_WRITE:
             return self._not_written(job.cell, _last_lines(self.directory, job.cell, 1))
