@@ -274,10 +274,15 @@ def bench(
     if not norms:
         raise NormzooError("nothing to measure; name norms, `normzoo bench layer_norm rms_norm`, or give --suite")
     if model is not None:
-        if shape or layout or masked or accuracy:
-            raise NormzooError("--model has --steps, --batch and --hidden in place of --shape, --layout and the like")
+        others = {"--shape": shape, "--layout": layout, "--parameters": parameters, "--masked": masked}
+        others |= {"--against": against, "--compile": compile_, "--accuracy": accuracy, "--plot": plot}
+        if given := [option for option, value in others.items() if value]:
+            raise NormzooError(
+                f"{given[0]} does not go with --model, which has --steps, --batch, --hidden and --dtype "
+                "and is compared with torch's own layer"
+            )
         recurrent = [Recurrent(model, steps, batch, hidden, each, device) for each in dtype or ["float32"]]
-        return max(command.run_recurrent_command(each, norms, direction, effort, csv) for each in recurrent)
+        return command.run_recurrent_command(recurrent, norms, direction, effort, csv)
     return command.run_bench_command(
         norms,
         shapes=shape or [],

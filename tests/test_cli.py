@@ -99,7 +99,8 @@ def test_show(capsys):
         (["bench", "layer_norm", "--direction", "backwards"], "did you mean 'backward'"),
         (["bench", "layer_norm", "--against", "torch.n"], "did you mean 'torch.nn'"),
         (["bench", "layer_norm", "--model", "lst"], "did you mean 'lstm'"),
-        (["bench", "layer_norm", "--model", "lstm", "--shape", "4,8"], "--steps, --batch and --hidden"),
+        (["bench", "layer_norm", "--model", "lstm", "--shape", "4,8"], "--shape does not go with --model"),
+        (["bench", "layer_norm", "--model", "lstm", "--plot", "a.png"], "--plot does not go with --model"),
         (["bench", "layer_norm", "--rounds", "0"], "must be positive"),
         (["bench", "layer_norm", "--suite"], "leave 'layer_norm' out"),
         (["bench", "--suite", "--out", "no_such_folder/speed.json"], "no_such_folder"),
@@ -144,13 +145,18 @@ def test_bench_prints_a_table_for_each_case(capsys, tmp_path):
     assert plot.stat().st_size > 1000
 
 
-def test_bench_accuracy_and_models(capsys):
+def test_bench_accuracy_and_models(capsys, tmp_path):
     code, out, _ = call(capsys, "bench", "rms_norm", "--shape", "32,8", "--accuracy")
     assert code == 0
     assert "weight gradient" in out
     code, out, _ = call(capsys, "bench", "rms_norm", "--model", "gru", "--steps", "2", "--hidden", "8", "--rounds", "1")
     assert code == 0
     assert "x torch.nn.GRU" in out
+    small = ["--steps", "2", "--batch", "2", "--hidden", "4", "--rounds", "1", "--dtype", "float32", "float64"]
+    code, out, _ = call(capsys, "bench", "rms_norm", "--model", "gru", *small, "--csv", str(tmp_path / "rows.csv"))
+    assert code == 0
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert {line.split(",")[4] for line in lines[1:]} == {"float32", "float64"}
 
 
 def test_bench_fails_when_nothing_could_be_measured(capsys, tmp_path):

@@ -83,9 +83,9 @@ def run_bench_command(
 
 
 def run_recurrent_command(
-    recurrent: Recurrent, norms: Sequence[str], direction: str, effort: Effort, csv: Path | None
+    recurrents: Sequence[Recurrent], norms: Sequence[str], direction: str, effort: Effort, csv: Path | None
 ) -> int:
-    """Measure a recurrent layer with each norm inside against torch's own without any.
+    """Measure recurrent layers with each norm inside against torch's own without any.
 
     Raises:
         NormzooError: for a norm, model or folder that is none, or sequences that do not fit into memory.
@@ -93,13 +93,18 @@ def run_recurrent_command(
     norms = [checked(norm) for norm in norms]
     one_of("direction", direction, DIRECTIONS)
     _need_folder(csv, "--csv")
-    console = _begin(recurrent.device, effort, ())
-    title = f"{recurrent.model}, {recurrent.steps} steps, batch {recurrent.batch}, {recurrent.hidden} units"
-    title = f"{title}, {recurrent.dtype}"
-    with _enough_memory(title, recurrent.case, "give smaller --steps, --batch or --hidden"):
-        rows = measure_recurrent(recurrent, norms, direction=direction, effort=effort)
-    print_rows(console, title, rows)
-    _write(rows, csv, None, console)
+    console = _begin(recurrents[0].device, effort, ())
+    rows: list[Row] = []
+    try:
+        for each in recurrents:
+            title = f"{each.model}, {each.steps} steps, batch {each.batch}, {each.hidden} units, {each.dtype}"
+            with _enough_memory(title, each.case, "give smaller --steps, --batch or --hidden"):
+                found = measure_recurrent(each, norms, direction=direction, effort=effort)
+            rows += found
+            print_rows(console, title, found)
+    finally:
+        if rows:
+            _write(rows, csv, None, console)
     return _exit_code(rows)
 
 
