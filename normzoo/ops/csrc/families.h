@@ -663,8 +663,31 @@ void drive_rows(const Plan& plan, const Args& args, Part part) {
   });
 }
 
+// As many statistics at a time as a vector has lanes, where nothing is skipped: what each of them needs once is done by
+// the vector.
+template <class Work, int kVectors, bool kAlike, class Part, class Args>
+void drive_many(const Plan& plan, const Args& args, Part part) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / plan.width), n = plan.width / plan.groups;
+  at::parallel_for(0, plan.kept.size(), grain, [&](int64_t from, int64_t to) {
+    Work work(plan, args);
+    while (from < to) {
+      const int64_t end = std::min(from + kRows, to), last = end * plan.groups;
+      auto channels = work.template channels<kAlike ? kVectors : 0>(part);
+      for (int64_t k = from * plan.groups; k < last; k += kLanes)
+        work.template many<kVectors>({k * n, k % plan.groups * n, k}, std::min(kLanes, last - k), channels, part);
+      work.join(channels, part);
+      from = end;
+    }
+  });
+}
+
 template <class Work, int kVectors, class Part, class Args>
 void drive_held(const Plan& plan, const Args& args, Part part) {
+  // results that are streamed past the caches had better alternate with what is read
+  const bool streamed = args.stream && sizeof(*args.x) == sizeof(float);
+  if (!args.mask && Work::plain(args) && !streamed)
+    return plan.groups == 1 ? drive_many<Work, kVectors, true>(plan, args, part)
+                            : drive_many<Work, kVectors, false>(plan, args, part);
   plan.groups == 1 ? drive_rows<Work, kVectors, true>(plan, args, part)
                    : drive_rows<Work, kVectors, false>(plan, args, part);
 }
@@ -698,7 +721,9 @@ void drive_rows(const Plan& plan, const Args& args) {
   switch (n % kLanes ? 0 : n / kLanes) {
     case 1: return drive_held<Work, 1>(plan, args, Full{});
     case 2: return drive_held<Work, 2>(plan, args, Full{});
+    case 3: return drive_held<Work, 3>(plan, args, Full{});
     case 4: return drive_held<Work, 4>(plan, args, Full{});
+    case 6: return drive_held<Work, 6>(plan, args, Full{});
     case 8: return drive_held<Work, 8>(plan, args, Full{});
     default: return drive_rows<Work, 0, false>(plan, args, Full{});
   }
@@ -707,11 +732,11 @@ void drive_rows(const Plan& plan, const Args& args) {
 template <class T>
 struct RowsForward {
   const Forward<T> args;  // of this thread: what is written cannot change it
-  const int64_t n;
+  const int64_t n, width;
   const float share, eps;
 
   RowsForward(const Plan& plan, const Forward<T>& args)
-      : args(args), n(plan.width / plan.groups), share(1.f / n), eps((float)args.eps) {}
+      : args(args), n(plan.width / plan.groups), width(plan.width), share(1.f / n), eps((float)args.eps) {}
 
   NORMZOO_INLINE float scale(const Row& row, float var) const {
     return args.scale ? args.scale[row.which] : 1 / std::sqrt(var + eps);
@@ -773,6 +798,52 @@ struct RowsForward {
   }
 
   static bool plain(const Forward<T>& args) { return !args.known && args.what == Do::all; }
+
+  // The statistics from the first one on. As in held, from a shift each; their elements are read twice.
+  template <int kVectors, int kKnown, class Part>
+  NORMZOO_INLINE void many(const Row& first, int64_t count, const OfChannels<kKnown>& own, Part part) const {
+    const T* x = args.x + first.at;
+    const Tail several{count};
+    alignas(64) float shifts[kLanes]{}, factors[kLanes], adds[kLanes];
+    vf a[kLanes]{}, b[kLanes]{};
+    for (int64_t j = 0; j < count; ++j, x += n) {
+      const vf shift = splat(shifts[j] = args.centred ? (float)*x : 0);
+      vf s1{}, s2{};
+      unrolled<kVectors>([&](auto i) {
+        const vf v = only(load(x + i * kLanes, part) - shift, part);
+        s1 += v;
+        s2 += v * v;
+      });
+      a[j] = s1;
+      b[j] = s2;
+    }
+    const vf off = args.centred ? each_sum(a) * share : vf{}, var = each_sum(b) * share - off * off;
+    const vf least = var < 0 ? vf{} : var, factor = 1 / root(least + eps);
+    store(args.mean + first.which, load(shifts, Full{}) + off, several);
+    store(args.var + first.which, least, several);
+    store(factors, factor, Full{});
+    store(adds, -off * factor, Full{});
+    x = args.x + first.at;
+    int64_t at = first.at, channel = first.channel;
+    for (int64_t j = 0; j < count; ++j, at += n, x += n) {
+      const vf shift = splat(shifts[j]), scale = splat(factors[j]), add = splat(adds[j]);
+      const Out<T> out(args.y + at, args.stream);
+      unrolled<kVectors>([&](auto i) {
+        const vf z = (load(x + i * kLanes, part) - shift) * scale + add;
+        if constexpr (kKnown > 0)
+          out.put(i * kLanes, z * own.weight[i] + own.bias[i], part);
+        else
+          out.put(i * kLanes, z * load(args.weight + channel + i * kLanes, part) +
+                                  load(args.bias + channel + i * kLanes, part), part);
+      });
+      if constexpr (kKnown == 0)
+        if ((channel += n) == width) channel = 0;
+    }
+    const vf far = only(off * off > (float)kFar * (var + eps) ? splat(1) : vf{}, several);
+    if (sum(far) == 0) return;
+    for (int64_t j = 0; j < count; ++j)
+      if (far[j] != 0) read({first.at + j * n, (first.channel + j * n) % width, first.which + j});
+  }
 
   // The first of several statistics of kEach channels, which a vector holds.
   template <int kEach, class Part>
@@ -894,6 +965,55 @@ struct RowsBackward {
   }
 
   static bool plain(const Backward<T>& args) { return args.what == Do::all; }
+
+  template <int kVectors, int kKnown, class Part>
+  NORMZOO_INLINE void many(const Row& first, int64_t count, OfChannels<kKnown>& own, Part part) {
+    const Tail several{count};
+    const vf scale = 1 / root(load(args.var + first.which, several) + eps);
+    alignas(64) float ps[kLanes], qs[kLanes], rs[kLanes];
+    store(ps, scale, Full{});
+    vf a[kLanes]{}, b[kLanes]{};
+    const T *x = args.x + first.at, *dy = args.dy + first.at;
+    int64_t channel = first.channel;
+    const auto next = [&] {
+      x += n;
+      dy += n;
+      if constexpr (kKnown == 0)
+        if ((channel += n) == run) channel = 0;
+    };
+    for (int64_t j = 0; j < count; ++j, next()) {
+      const vf mean = splat(args.mean[first.which + j]), scale = splat(ps[j]);
+      vf s1{}, s2{};
+      unrolled<kVectors>([&](auto i) {
+        const vf g = load(dy + i * kLanes, part), w = load(args.weight + channel + i * kLanes, part);
+        const vf both = g * (load(x + i * kLanes, part) - mean);
+        s1 += g * w;
+        s2 += both * w;
+        if constexpr (kKnown > 0) {
+          own.weight[i] += both * scale;
+          own.bias[i] += g;
+        } else {
+          this->count(channel + i * kLanes, g, both, scale, part);
+        }
+      });
+      a[j] = s1;
+      b[j] = s2;
+    }
+    const vf ratio = args.constant ? vf{} : scale * share;
+    store(qs, -(each_sum(b) * scale) * ratio * scale, Full{});
+    store(rs, args.centred ? -ratio * each_sum(a) : vf{}, Full{});
+    x = args.x + first.at;
+    dy = args.dy + first.at;
+    channel = first.channel;
+    for (int64_t j = 0; j < count; ++j, next()) {
+      const vf mean = splat(args.mean[first.which + j]), p = splat(ps[j]), q = splat(qs[j]), r = splat(rs[j]);
+      const Out<T> out(args.dx + (x - args.x), args.stream);
+      unrolled<kVectors>([&](auto i) {
+        const vf d = load(dy + i * kLanes, part) * load(args.weight + channel + i * kLanes, part);
+        out.put(i * kLanes, d * p + ((load(x + i * kLanes, part) - mean) * q + r), part);
+      });
+    }
+  }
 
   template <int kEach, class Part>
   NORMZOO_INLINE void several(const Row& row, Part part) {
