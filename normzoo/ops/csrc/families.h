@@ -90,8 +90,14 @@ struct Out {
   template <class Part>
   NORMZOO_INLINE void put(int64_t i, vf v, Part part) const {
 #ifdef __AVX512F__
-    if constexpr (std::is_same_v<T, float> && std::is_same_v<Part, Full>)
-      if (stream) return _mm512_stream_ps(to + i, (__m512)v);
+    if constexpr (std::is_same_v<Part, Full>) {
+      if (!stream) return store(to + i, v, part);
+      if constexpr (std::is_same_v<T, float>)
+        _mm512_stream_ps(to + i, (__m512)v);
+      else
+        _mm256_stream_si256((__m256i*)(to + i), (__m256i)narrow<T>(v));
+      return;
+    }
 #endif
     store(to + i, v, part);
   }
@@ -100,8 +106,7 @@ struct Out {
   template <class F>
   NORMZOO_INLINE void each(int64_t n, F&& f) const {
 #ifdef __AVX512F__
-    if constexpr (std::is_same_v<T, float>)
-      if (stream) return vectors(n, [&](int64_t i, int, auto part) { put(i, f(i, part), part); });
+    if (stream) return vectors(n, [&](int64_t i, int, auto part) { put(i, f(i, part), part); });
 #endif
     vectors(n, [&](int64_t i, int, auto part) { store(to + i, f(i, part), part); });
   }
@@ -683,9 +688,7 @@ void drive_many(const Plan& plan, const Args& args, Part part) {
 
 template <class Work, int kVectors, class Part, class Args>
 void drive_held(const Plan& plan, const Args& args, Part part) {
-  // results that are streamed past the caches had better alternate with what is read
-  const bool streamed = args.stream && sizeof(*args.x) == sizeof(float);
-  if (!args.mask && Work::plain(args) && !streamed)
+  if (!args.mask && Work::plain(args) && !args.stream)  // what is streamed had better alternate with what is read
     return plan.groups == 1 ? drive_many<Work, kVectors, true>(plan, args, part)
                             : drive_many<Work, kVectors, false>(plan, args, part);
   plan.groups == 1 ? drive_rows<Work, kVectors, true>(plan, args, part)
@@ -710,8 +713,9 @@ void drive_groups(const Plan& plan, const Args& args) {
 }
 
 template <class Work, class Args>
-void drive_rows(const Plan& plan, const Args& args) {
+void drive_rows(const Plan& plan, Args args) {
   const int64_t n = plan.width / plan.groups;
+  args.stream = args.stream && sizeof(*args.x) == sizeof(float);  // measured: rows of less are slower streamed
   if (!args.mask && Work::plain(args)) {
     if (n == 2) return drive_groups<Work, 2>(plan, args);
     if (n == 4) return drive_groups<Work, 4>(plan, args);

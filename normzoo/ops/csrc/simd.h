@@ -130,15 +130,17 @@ NORMZOO_INLINE vf load(const c10::BFloat16* p, Part part) {
   return (vf)(__builtin_convertvector(read<vh>(p, part), vu) << 16);
 #endif
 }
-template <class Part>
-NORMZOO_INLINE void store(c10::BFloat16* p, vf v, Part part) {
+template <class T>
+NORMZOO_INLINE vh narrow(vf v);
+template <>
+NORMZOO_INLINE vh narrow<c10::BFloat16>(vf v) {
 #ifdef __AVX512BF16__
-  write(p, (vh)_mm512_cvtneps_pbh((__m512)v), part);
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
 #else
   const vu bits = (vu)v;
   const vu nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
   const vu nan = (bits >> 16) | 0x40;
-  write(p, __builtin_convertvector((vu)(v != v ? (vi)nan : (vi)nearest), vh), part);
+  return __builtin_convertvector((vu)(v != v ? (vi)nan : (vi)nearest), vh);
 #endif
 }
 
@@ -155,17 +157,21 @@ NORMZOO_INLINE vf load(const c10::Half* p, Part part) {
   return v;
 #endif
 }
-template <class Part>
-NORMZOO_INLINE void store(c10::Half* p, vf v, Part part) {
+template <>
+NORMZOO_INLINE vh narrow<c10::Half>(vf v) {
 #if defined(__AVX512F__)
-  write(p, (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part);
+  return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
-  write(p, (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), part);
+  return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
   vh half;
   for (int64_t i = 0; i < kLanes; ++i) half[i] = c10::detail::fp16_ieee_from_fp32_value(v[i]);
-  write(p, half, part);
+  return half;
 #endif
+}
+template <class T, class Part>
+NORMZOO_INLINE void store(T* p, vf v, Part part) {
+  write(p, narrow<T>(v), part);
 }
 
 // Zero where the mask is false.
