@@ -74,6 +74,7 @@ constexpr double kFar = 16;
 constexpr int64_t kBlock = 4096;  // elements or rows summed in float32 before they join a total
 constexpr int64_t kRows = 256;
 constexpr int64_t kListed = 2048;  // rows, of which some that lie far apart are read together
+constexpr int64_t kNear = 1 << 20;  // bytes that the second pass still finds in a cache of the core
 constexpr int kStrip = 4;  // vectors of a row that are read together
 constexpr uint64_t kPage = 4096;  // bytes
 constexpr int64_t kShortRun = 16 * kLanes, kManyShort = 64;
@@ -1665,26 +1666,50 @@ struct ColumnsBackward : Columns<kAcross, kMask> {
     return true;
   }
 
-  void apply(int64_t k, int64_t from, int64_t to, const ColumnsPart& part) const {
+  template <int kMany>
+  void apply_rows(int64_t k, int64_t first, int64_t step, const ColumnsPart& part) const {
     const int64_t n = this->columns(k);
     const float *means = part.at(kMean), *ps = part.at(kP), *qs = part.at(kQ), *rs = part.at(kR);
-    for (int64_t j = from; j < to; ++j) {
-      const int64_t at = this->start(k) + this->plan.reduced[j].memory;
-      const uint8_t* mask = kMask ? this->mask(args.mask, k, j) : nullptr;
-      const T *x = args.x + at, *dy = args.dy + at;
-      T* dx = args.dx + at;
-      if (kAcross && kMask && !*mask) {
-        std::fill(dx, dx + n, T(0));
-        continue;
+    const T *x[kMany], *dy[kMany];
+    Out<T> dx[kMany];
+    const uint8_t* mask[kMany];
+    vf weight[kMany];
+    for (int j = 0; j < kMany; ++j) {
+      const int64_t r = first + j * step, at = this->start(k) + this->plan.reduced[r].memory;
+      x[j] = args.x + at;
+      dy[j] = args.dy + at;
+      dx[j] = Out<T>(args.dx + at, args.stream);
+      mask[j] = kMask ? this->mask(args.mask, k, r) : nullptr;
+      weight[j] = splat(kAcross ? 1 : args.weight[this->channel(k, r)]);
+      if (kAcross && kMask && !*mask[j]) return (void)std::fill_n(args.dx + at, n, T(0));  // one at a time
+    }
+    strips<kStrip>(n, [&](int64_t i, auto many, auto whole) {
+      vf mean[many], p[many], q[many], rest[many];
+      for (int v = 0; v < many; ++v) {
+        mean[v] = load(means + i + v * kLanes, whole);
+        p[v] = load(ps + i + v * kLanes, whole);
+        q[v] = load(qs + i + v * kLanes, whole);
+        rest[v] = load(rs + i + v * kLanes, whole);
       }
-      const vf weight = splat(kAcross ? 1 : args.weight[this->channel(k, j)]);
-      const Out<T> out(dx, args.stream);
-      out.each(n, [&](int64_t i, auto whole) {
-        const vf off = load(x + i, whole) - load(means + i, whole);
-        const vf g = gradient(dy, part, i, off, whole) * weight;
-        vf v = g * load(ps + i, whole) + (off * load(qs + i, whole) + load(rs + i, whole));
-        if constexpr (kMask && !kAcross) v = where(mask + i, v, whole);
-        return v;
+#pragma GCC unroll 8
+      for (int j = 0; j < kMany; ++j)
+        for (int v = 0; v < many; ++v) {
+          const int64_t at = i + v * kLanes;
+          const vf off = load(x[j] + at, whole) - mean[v];
+          vf value = gradient(dy[j], part, at, off, whole) * weight[j] * p[v] + (off * q[v] + rest[v]);
+          if constexpr (kMask && !kAcross) value = where(mask[j] + at, value, whole);
+          dx[j].put(at, value, whole);
+        }
+    });
+  }
+
+  void apply(int64_t k, int64_t from, int64_t to, const ColumnsPart& part) const {
+    // from memory two tensors are enough to follow
+    if ((to - from) * this->columns(k) * 2 * (int64_t)sizeof(T) > kNear || (kAcross && kMask)) {
+      for (; from < to; ++from) apply_rows<1>(k, from, 1, part);
+    } else {
+      far_apart<4>(from, to, [&](auto together, int64_t first, int64_t step) {
+        apply_rows<together>(k, first, step, part);
       });
     }
   }
