@@ -148,15 +148,18 @@ def test_the_operator_is_its_reference(cell, kinds, masked):
     data=st.data(),
 )
 def test_any_size(cell, kinds, n, steps, features, width, seed, data):
-    if width < 4:  # of a few units layer norm leaves little but their signs
-        kinds = tuple("rms" if kind == "layer" else kind for kind in kinds)
+    if width < 3:  # of one or two units layer and RMS norm leave little but signs
+        kinds = tuple("running" if kind in ("layer", "rms") else kind for kind in kinds)
     n = max(n, 8) if "batch" in kinds else n
     case = Case(cell, kinds, n, steps, features, width, seed=seed)
     if data.draw(st.booleans()):
-        case.mask = lengths_to_mask(data.draw(st.lists(st.integers(0, steps), min_size=n, max_size=n)), steps)
+        # one or two values have no gradient through batch norm but what rounding leaves: at no step are there so few
+        whole = 4 if "batch" in kinds else 0
+        lengths = data.draw(st.lists(st.integers(0, steps), min_size=n - whole, max_size=n - whole))
+        case.mask = lengths_to_mask([steps] * whole + lengths, steps)
     got, got_grads = case.run(torch.float32, compiled=True)
     assert all(t.isfinite().all() for t in got + got_grads)
-    case.check(rtol=1e-4)  # of two sequences alone, batch norm leaves a gradient little more than rounding
+    case.check()
 
 
 @pytest.mark.parametrize("kinds", [("none",) * 3, ("layer",) * 3, ("batch", "none", "rms")], ids="-".join)
